@@ -1,0 +1,1 @@
+"""One thin file per command, found by the root app; each defines ``COMMAND``."""

@@ -1,0 +1,1 @@
+"""Records in, records out: formats, conversations, atomic outputs, journals and manifests."""

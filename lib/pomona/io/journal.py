@@ -1,0 +1,142 @@
+"""Finished work that survives any end of the process.
+
+A journal is a JSONL file beside the output. Its first line is the fingerprint of everything that decides the results;
+every other line is one finished piece of work under a key made from its content. A line is handed to the kernel before
+`append` returns, so `kill -9` loses nothing, and is on the disk within a second, so power loss loses little. A torn last
+line is dropped on opening. Only keys and file offsets are held in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from pomona.errors import MissingError, OutputError, UsageError
+from pomona.io.atomic import writing
+
+_FSYNC_EVERY_S = 1.0
+
+
+class Journal:
+    """Append-only results on disk; see the module."""
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+        """Open `path`, continuing it when `resume` is set and starting afresh otherwise.
+
+        Raises:
+            UsageError: `path` was made with another fingerprint; the message names what differs.
+            MissingError: `path` is not a journal.
+            OutputError: `path` cannot be written.
+        """
+        self.path = path
+        self._offsets: dict[str, tuple[int, int]] = {}
+        self._synced = time.monotonic()
+        with writing(path):
+            self._file = path.open("r+b" if resume and path.exists() else "w+b", buffering=0)
+        self._end = self._read(fingerprint)
+        if self._end == 0:
+            self._write({"fingerprint": dict(fingerprint)})
+
+    def _read(self, fingerprint: Mapping[str, Any]) -> int:
+        """Index what is there and cut a torn last line; returns where the next line goes."""
+        end = 0
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = orjson.loads(line)
+                    if number == 0:
+                        _same(entry["fingerprint"], fingerprint, self.path)
+                    else:
+                        self._offsets[entry["key"]] = (end, len(line))
+                except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+                    raise MissingError(
+                        f"{self.path}:{number + 1}: not a line of a journal", hint="remove the file, or use --overwrite"
+                    ) from error
+                end += len(line)
+        self._file.truncate(end)
+        return end
+
+    def _write(self, entry: Mapping[str, Any]) -> tuple[int, int]:
+        line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+        start = self._end
+        with writing(self.path):
+            self._file.seek(start)
+            remaining = memoryview(line)
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
+            if time.monotonic() - self._synced > _FSYNC_EVERY_S:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        self._end += len(line)
+        return start, len(line)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The value stored under `key`, or None."""
+        place = self._offsets.get(key)
+        if place is None:
+            return None
+        value: dict[str, Any] = orjson.loads(os.pread(self._file.fileno(), place[1], place[0]))["value"]
+        return value
+
+    def append(self, key: str, value: Mapping[str, Any]) -> None:
+        """Store `value` under `key`; on return it survives the end of the process."""
+        self._offsets[key] = self._write({"key": key, "value": value})
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __bool__(self) -> bool:
+        return True  # an empty journal is a journal
+
+    def close(self, *, remove: bool = False) -> None:
+        """Flush to the disk and close; with `remove`, delete the file."""
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+            self._file.close()
+        if remove:
+            self.path.unlink(missing_ok=True)
+
+
+class NoJournal:
+    """Stands in where nothing can be resumed."""
+
+    path: Path | None = None
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return None
+
+    def append(self, key: str, value: Mapping[str, Any]) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return 0
+
+    def close(self, *, remove: bool = False) -> None:
+        return None
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `OutputError` when an earlier run left a journal and the user has not said what to do with it."""
+    if path.exists() and path.stat().st_size > 0:
+        raise OutputError(
+            f"an earlier run left its work in {path}", hint="--resume continues it, --overwrite throws it away"
+        )
+
+
+def _same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if differing:
+        key = differing[0]
+        raise UsageError(
+            f"{path} was made with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r}",
+            hint="use the earlier settings to resume, or --overwrite to start again",
+        )

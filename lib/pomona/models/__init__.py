@@ -1,0 +1,1 @@
+"""Models: local ones loaded and scored, remote ones asked."""

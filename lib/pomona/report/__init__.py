@@ -1,0 +1,1 @@
+"""Reports for people: Markdown with plots, and short summaries for a terminal."""

@@ -1,0 +1,1 @@
+"""Where work runs and how it is watched: settings, devices, seeds, progress."""

@@ -1,0 +1,104 @@
+"""Pipes, full disks and closed ends, for every stream command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import command
+from specimens import COMMANDS, RECORDS, SPECIMENS, STREAMS, jsonl
+
+every_stream = pytest.mark.parametrize("name", STREAMS)
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], capture_output=True, cwd=folder, timeout=240, stdin=subprocess.DEVNULL
+    )
+
+
+def invocation(name: str, folder: Path, model: Path) -> str:
+    return " ".join(f"'{word}'" for word in command(name, "-", *SPECIMENS[name].options(folder, model)))
+
+
+@every_stream
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_reader_that_leaves_early_is_no_error(name: str, count: int, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS[:count]))
+    line = f"{invocation(name, tmp_path, tiny_model)} < in.jsonl | head -1; echo ${{PIPESTATUS[0]}} >&2"
+    done = shell(line, tmp_path)
+    assert done.stdout.count(b"\n") == 1
+    assert done.stderr.splitlines()[-1] == b"0"
+    assert b"Traceback" not in done.stderr and b"roken" not in done.stderr and b"Exception" not in done.stderr
+
+
+@every_stream
+def test_an_endless_input_gives_its_first_record_at_once(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "one.jsonl").write_bytes(jsonl(RECORDS[:1]))
+    line = f'yes "$(cat one.jsonl)" | {invocation(name, tmp_path, tiny_model)} | head -1'
+    done = shell(line, tmp_path)
+    assert done.stdout.count(b"\n") == 1, done.stderr
+    assert done.returncode in (0, 141)  # yes itself dies of the closed pipe
+    assert b"pomona" not in done.stderr
+
+
+@every_stream
+def test_two_commands_in_a_pipe(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
+    other = next(other for other in STREAMS if other != name)
+    line = f"{invocation(other, tmp_path, tiny_model)} < in.jsonl | {invocation(name, tmp_path, tiny_model)} | wc -l"
+    done = shell(line, tmp_path)
+    assert (done.returncode, int(done.stdout)) == (0, len(RECORDS)), done.stderr
+
+
+@every_stream
+def test_a_full_disk_is_code_6_in_one_line(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
+    done = shell(f"{invocation(name, tmp_path, tiny_model)} -q < in.jsonl > /dev/full", tmp_path)
+    assert done.returncode == 6
+    assert done.stderr.splitlines() == [
+        f"pomona {name}: error: cannot write standard output: no space left on the device".encode()
+    ]
+
+
+@pytest.mark.parametrize("args", ["--help", "--version", *(f"{c.name} --help" for c in COMMANDS)])
+def test_help_survives_closed_and_full_ends(args: str, tmp_path: Path) -> None:
+    line = f"'{sys.executable}' -m pomona_cli {args}"
+    done = shell(f"{line} > /dev/full", tmp_path)
+    assert done.returncode == 6 and len(done.stderr.splitlines()) == 1, done.stderr
+    done = shell(f"{line} | true; echo ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.stdout, done.stderr) == (b"0\n", b"")
+
+
+@every_stream
+def test_without_standard_error_it_still_works(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
+    done = shell(f"{invocation(name, tmp_path, tiny_model)} < in.jsonl 2> /dev/full | wc -l", tmp_path)
+    assert (done.returncode, int(done.stdout)) == (0, len(RECORDS))
+
+
+@every_stream
+def test_in_make_a_failed_command_leaves_no_target(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS) + b"{broken\n")
+    (tmp_path / "Makefile").write_text(f"out.jsonl: in.jsonl\n\t{invocation(name, tmp_path, tiny_model)} -o $@ < $<\n")
+    done = shell("make out.jsonl", tmp_path)
+    assert done.returncode == 2 and b"Error 4" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
+    assert shell("make out.jsonl && make out.jsonl", tmp_path).returncode == 0
+
+
+@every_stream
+def test_no_input_on_a_terminal_asks_for_one(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    import os
+    import pty
+
+    main, other = pty.openpty()
+    options = SPECIMENS[name].options(tmp_path, tiny_model)
+    done = subprocess.run(command(name, *options), stdin=other, capture_output=True, timeout=60)
+    os.close(main)
+    os.close(other)
+    assert done.returncode == 2 and b"no input" in done.stderr

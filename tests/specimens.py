@@ -1,0 +1,64 @@
+"""One working invocation per stream command, so that the contract tests can run them all.
+
+A new command needs an entry here; `test_contract` fails until it has one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pomona_cli import commands
+from pomona_cli.streaming import StreamCommand
+from pomona_cli.toolkit import ListCommand
+
+COMMANDS = [
+    importlib.import_module(f"{commands.__name__}.{m.name}").COMMAND for m in pkgutil.iter_modules(commands.__path__)
+]
+STREAMS = [command.name for command in COMMANDS if isinstance(command, StreamCommand)]
+LISTS = [command.name for command in COMMANDS if isinstance(command, ListCommand)]
+
+RECORDS: list[dict[str, Any]] = [
+    {
+        "id": f"r{number}",
+        "instruction": f"Say the number {number} in words.",
+        "input": "" if number % 3 else "Use capitals, « please » 🍐.",
+        "output": "one two three four five six seven eight nine ten".split()[number % 10] + "!" * (number % 4),
+        "kept": {"nested": [number, None, 0.5]},
+        "source": "test",
+    }
+    for number in range(40)
+]
+
+
+def jsonl(records: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """Options that make a command do its ordinary work on RECORDS, every record coming out."""
+
+    options: Callable[[Path, Path], list[str]]
+    heavy: bool  # loads torch
+
+
+def _ifd(folder: Path, model: Path) -> list[str]:
+    return ["--model", str(model), "--dtype", "float32"]
+
+
+def _alpagasus(folder: Path, model: Path) -> list[str]:
+    path = folder / "ratings.jsonl"
+    path.write_bytes(jsonl([{"id": f"r{n}", "score": 5 - (n % 2) / 2} for n in range(200)]))
+    return ["--ratings", str(path), "--join", "id"]
+
+
+SPECIMENS = {
+    "ifd-score": Specimen(_ifd, heavy=True),
+    "alpagasus-filter": Specimen(_alpagasus, heavy=False),
+}
