@@ -32,10 +32,10 @@ demo: .venv/core
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash data/recipes/demo.sh build/demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -s
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """How fast `ifd-score` is beside the arithmetic of the reference code, on the same records in the same run.
 
-    python tests/bench/ifd_score.py [--records 200] [--rounds 4] [--device cpu]
+    python tests/bench/ifd_score.py [--records 200] [--rounds 2] [--device cpu]
 
 Contenders take turns over chunks of records, so that a busy machine hits them alike:
 
@@ -32,6 +32,7 @@ import torch
 from scipy.stats import spearmanr
 
 from pomona.io.conversation import Fields, turns
+from pomona.io.journal import NoJournal
 from pomona.methods.ifd_score import scoring
 from pomona.methods.ifd_score.config import Config, Recipe, resolve
 from pomona.methods.ifd_score.run import _Text
@@ -93,11 +94,21 @@ def loop(scorer: Scorer, records: list[dict[str, str]], threads: int, *, per_tok
     return found
 
 
+def budget_of(runtime: Runtime) -> int:
+    return scoring.token_budget(runtime.device.type, runtime.dtype.itemsize)
+
+
 def ours(scorer: Scorer, text: _Text, recipe: Recipe, records: list[dict[str, str]]) -> list[float | None]:
     """IFD of each record as the command computes it, tokenising included."""
     window = text.window([(record, turns(record, Fields())) for record in records])
-    budget = scoring.token_budget(scorer.runtime.device.type)
-    sums = passage_nll(scorer, window.passages, tokens_per_batch=budget, chunk_rows=2048)
+    budget = budget_of(scorer.runtime)
+
+    def measure(passages: Any) -> list[tuple[float, ...]]:
+        return passage_nll(scorer, passages, tokens_per_batch=budget, chunk_rows=2048)
+
+    sums = scoring.nll_sums(
+        window, measure, tokens_per_batch=budget, journal=NoJournal(), identity={}, completed=lambda n: None
+    )
     return [entry["ifd"] for entry in scoring.scores(window, sums, recipe)]
 
 
@@ -147,7 +158,7 @@ def plain_product(model: Any, dtype: torch.dtype, device: torch.device, threads:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default=None)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "ifd_score.json")
@@ -200,8 +211,8 @@ def main() -> None:
         per_round.append({name: round(seconds, 3) for name, seconds in this.items()})
         print(f"round {number + 1}: " + ", ".join(f"{n} {s:.1f} s" for n, s in this.items()), file=sys.stderr)
 
-    budget = scoring.token_budget(runtimes["float32"].device.type)
-    count = tokens(text, records, budget)
+    counts = {name: tokens(text, records, budget_of(runtime)) for name, runtime in runtimes.items()}
+    count = counts["float32"]
     model = scorers["float32"].model
     head = model.get_output_embeddings().weight.numel()
     body = sum(
@@ -221,7 +232,7 @@ def main() -> None:
         },
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         "records": len(records),
-        "tokens": count,
+        "tokens": counts,
         "seconds_per_round": per_round,
         "loops_threads": {"a": best[True], "b": best[False]},
         "contenders": {},
@@ -251,10 +262,10 @@ def main() -> None:
         }
         if name in scorers:
             runtime = runtimes[name]
-            product = plain_product(model, runtime.dtype, runtime.device, runtime.threads, min(budget, 256))
+            product = plain_product(model, runtime.dtype, runtime.device, runtime.threads, min(budget_of(runtime), 256))
             entry |= {
                 "real_tokens_per_s": round(count["real"] / wall[name]),
-                "padded_tokens_per_s": round(count["padded"] / wall[name]),
+                "padded_tokens_per_s": round(counts[name]["padded"] / wall[name]),
                 "gflops": round(flop / wall[name] / 1e9, 1),
                 "product_gflops": round(product, 1),
             }

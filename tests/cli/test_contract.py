@@ -320,7 +320,7 @@ def test_a_dumped_configuration_gives_the_same_run(name: str, run, pomona, tmp_p
         ("limti = 3", b'did you mean "limit"'),
         ("limit = 'x'", b"it must be int"),
         ("limit = ", b"not TOML"),
-        ("dtype = 'f'", b"one of"),
+        ("emit = 'f'", b"one of"),
     ],
 )
 def test_a_wrong_configuration_is_a_usage_error(name: str, run, tmp_path: Path, content: str, message: bytes) -> None:

@@ -83,7 +83,9 @@ def test_without_standard_error_it_still_works(name: str, tmp_path: Path, tiny_m
 @every_stream
 def test_in_make_a_failed_command_leaves_no_target(name: str, tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS) + b"{broken\n")
-    (tmp_path / "Makefile").write_text(f"out.jsonl: in.jsonl\n\t{invocation(name, tmp_path, tiny_model)} -o $@ < $<\n")
+    (tmp_path / "Makefile").write_text(
+        f"out.jsonl: in.jsonl\n\t{invocation(name, tmp_path, tiny_model)} -o $@ --resume < $<\n"
+    )
     done = shell("make out.jsonl", tmp_path)
     assert done.returncode == 2 and b"Error 4" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()

@@ -560,14 +560,21 @@ def test_redaction() -> None:
     assert redact(f"{KEY}!", KEY) == "[redacted]!"
 
 
-def test_an_endpoint_that_is_down_ends_the_run_soon() -> None:
+@pytest.mark.parametrize("retries", [0, 6])
+def test_an_address_that_takes_no_connection_ends_the_run_at_once(retries: int) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        outcomes = []
-        with pytest.raises(EndpointError, match="5 requests in a row") as caught:
-            for _, outcome in client(url, concurrency=4, retries=1).answers(questions(1000)):
-                outcomes.append(outcome)
+        with pytest.raises(EndpointError, match="cannot be reached") as caught:
+            next(client(url, concurrency=4, retries=retries).answers(questions(1)))
+    assert "--base-url" in str(caught.value.hint)
+
+
+def test_an_endpoint_that_is_down_from_the_start_ends_the_run_soon() -> None:
+    outcomes = []
+    with Loopback(lambda seen: RESET) as server, pytest.raises(EndpointError, match="5 requests in a row") as caught:
+        for _, outcome in client(server.url, concurrency=4, retries=1).answers(questions(1000)):
+            outcomes.append(outcome)
     assert all(isinstance(outcome, Failure) and outcome.reason == "connection" for outcome in outcomes)
     assert len(outcomes) <= 8
     assert "--base-url" in str(caught.value.hint)

@@ -1,9 +1,9 @@
 """Finished work that survives any end of the process.
 
 A journal is a JSONL file beside the output. Its first line is the fingerprint of everything that decides the results;
-every other line is one finished piece of work under a key made from its content. A line is handed to the kernel before
-`append` returns, so `kill -9` loses nothing, and is on the disk within a second, so power loss loses little. A torn last
-line is dropped on opening. Only keys and file offsets are held in memory.
+every other line is one finished piece of work under a key made from its content. A line is handed to the kernel
+before `append` returns, so `kill -9` loses nothing, and is on the disk within a second, so power loss loses
+little. A torn last line is dropped on opening. Only keys and file offsets are held in memory.
 """
 
 from __future__ import annotations

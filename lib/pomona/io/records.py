@@ -101,7 +101,7 @@ def _file(name: str, format: Format, limit: int, digests: list[Digest] | None) -
     source = "standard input" if name == "-" else name
     try:
         # Python's own stdin object aborts the interpreter when a thread still waits in it at the end.
-        raw = open(0, "rb", closefd=False) if name == "-" else Path(name).open("rb")
+        raw: BinaryIO = open(0 if name == "-" else name, "rb", closefd=name != "-")  # noqa: SIM115
     except FileNotFoundError as error:
         raise MissingError(f"{name}: no such file", hint=_near(Path(name))) from error
     except OSError as error:

@@ -39,6 +39,7 @@ from pomona.runtime.progress import Progress
 
 BACKOFF_BASE = 0.5  # seconds; the n-th retry waits up to base · 2^(n-1), uniformly
 BACKOFF_CAP = 60.0
+_FIRST_TRIES = 3  # attempts at an address that never took a connection; more would only delay the message
 _PROBE = 2.0  # seconds the first request goes alone: a wrong key or address costs one call, not `concurrency`
 _WINDOW = 256  # requests pulled ahead of the caller, at least
 _STRIDE = 32  # taken before the feeder is woken for more: a thread switch each would cost more than the rest
@@ -74,6 +75,7 @@ class ChatClient:
         self.progress = progress
         self.key = read_key(endpoint)
         self.answered = 0
+        self.reached = False
         self.requests_per_minute = Pace(endpoint.rpm)
         self.tokens_per_minute = Pace(endpoint.tpm)
         self._fruitless = 0
@@ -118,21 +120,24 @@ class ChatClient:
     def fail(self, trouble: Trouble) -> None:
         """Note a request given up, and stop the run when there is no hope for the others.
 
-        That is: the server refused us as such, or so many requests in a row came to nothing that the endpoint must be
-        down (five times as many if it has worked before). Trouble with a single request counts only while nothing
-        ever worked.
+        That is: the address never took a connection, the server refused us as such, or so many requests in a row came
+        to nothing that the endpoint must be down (five times as many if it has worked before). Trouble with a single
+        request counts only while nothing ever worked.
         """
         address, said = redact(self.endpoint.address), f"{trouble.reason}: {self.redact(trouble.detail)}".rstrip(": ")
         if trouble.fatal:
             hint = f"check --model {self.endpoint.model}, and the key in ${self.endpoint.api_key_env}"
             raise EndpointError(f"{address} refused: {said}", hint=f"{hint}; {_RESUME_HINT}")
+        check = f"check --base-url and that the server runs; {_RESUME_HINT}"
+        if trouble.unreachable and not self.reached:
+            raise EndpointError(f"{address} cannot be reached: {said}", hint=check)
         if not trouble.down and (self.answered or len(self.journal)):
             return
         self._fruitless += 1
         if self._fruitless >= max(5, min(self.endpoint.concurrency, 20)) * (5 if self.answered else 1):
             raise EndpointError(
                 f"{address}: {self._fruitless} requests in a row came to nothing, the last with {said}",
-                hint=f"check --base-url and that the server runs; {_RESUME_HINT}",
+                hint=check,
             )
 
     def redact(self, text: str) -> str:
@@ -308,7 +313,11 @@ class _Session(Generic[T]):
             attempt += 1
             result = await self._attempt(request, worst, min(endpoint.timeout, deadline - clock()))
             if isinstance(result, Answer):
+                client.reached = True
                 return result
+            client.reached = client.reached or not result.unreachable
+            if not client.reached and attempt >= _FIRST_TRIES:
+                break
             wait = max(result.wait, random.uniform(0.0, min(BACKOFF_CAP, BACKOFF_BASE * 2 ** (attempt - 1))))
             if not result.retry or result.fatal or attempt > endpoint.retries or clock() + wait >= deadline:
                 break

@@ -73,10 +73,21 @@ def load_causal_lm(
 
     place = _place(name, gguf_file, revision)
     with _explained(place):
-        model = AutoModelForCausalLM.from_pretrained(
-            place.where, dtype=runtime.dtype, attn_implementation="sdpa", use_safetensors=True, **place.options
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place.where,
+            dtype=runtime.dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,  # left unsaid, transformers asks standard input
+            output_loading_info=True,
+            **place.options,
         )
         tokenizer = _tokenizer(place)
+    if lacking := sorted(report["missing_keys"]):  # transformers would leave them random
+        raise MissingError(
+            f"model {place.shown}: {len(lacking)} weights are missing, among them {lacking[0]}",
+            hint="are its files complete, and are they those of a causal language model?",
+        )
     identity = {
         "model": place.shown,
         "revision": place.revision(model),
@@ -178,7 +189,7 @@ class _explained:
 def _tokenizer(place: _Place) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(place.where, **place.options)
+    return AutoTokenizer.from_pretrained(place.where, trust_remote_code=False, **place.options)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

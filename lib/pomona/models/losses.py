@@ -94,16 +94,26 @@ def passage_nll(
     Raises:
         UnavailableError: a single sequence does not fit into memory.
     """
-    shared = heads(passages) if scorer.shares_heads else [0] * len(passages)
-    planned: list[list[int]] = []
-    for head in sorted({(n, p.ids[:n]) for n, p in zip(shared, passages, strict=True)}):
-        members = [i for i, p in enumerate(passages) if (shared[i], p.ids[: shared[i]]) == head]
-        lengths = [len(passages[i].ids) - head[0] for i in members]
-        planned += [[members[k] for k in batch] for batch in batches(lengths, tokens_per_batch, rows)]
-    # The longest first, so that threads and processes end together.
-    planned.sort(key=lambda batch: -sum(len(passages[i].ids) - shared[i] for i in batch))
+    planned, shared = _plan(scorer, passages, tokens_per_batch, rows)
     items = [([passages[i] for i in batch], shared[batch[0]], chunk_rows) for batch in planned]
     return _in_order(planned, scorer.runtime.map("nll", items), len(passages))
+
+
+def _plan(
+    scorer: Scorer, passages: Sequence[Passage], tokens_per_batch: int, rows: int | None
+) -> tuple[list[list[int]], list[int]]:
+    """Batches of passages with the same head, and the length of each passage's head."""
+    shared = heads(passages) if scorer.shares_heads else [0] * len(passages)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for index, passage in enumerate(passages):
+        members.setdefault(passage.ids[: shared[index]], []).append(index)
+    planned: list[list[int]] = []
+    for head, indices in members.items():
+        lengths = [len(passages[i].ids) - len(head) for i in indices]
+        planned += [[indices[k] for k in batch] for batch in batches(lengths, tokens_per_batch, rows)]
+    # The longest first, so that threads and processes end together.
+    planned.sort(key=lambda batch: -sum(len(passages[i].ids) - shared[i] for i in batch))
+    return planned, shared
 
 
 def next_token_logprobs(
@@ -117,9 +127,10 @@ def next_token_logprobs(
     """Log-probability in nats of each candidate token as the next after each prompt, shape [prompts, candidates]."""
     import numpy as np
 
-    planned = batches([len(p) for p in prompts], tokens_per_batch, rows)
+    passages = [Passage(ids, ((len(ids), len(ids) + 1),)) for ids in prompts]
+    planned, shared = _plan(scorer, passages, tokens_per_batch, rows)
     wanted = list(candidates)
-    done = scorer.runtime.map("next", [([prompts[i] for i in batch], wanted) for batch in planned])
+    done = scorer.runtime.map("next", [([prompts[i] for i in batch], shared[batch[0]], wanted) for batch in planned])
     found = _in_order(planned, done, len(prompts))
     return np.array(found, dtype=np.float64).reshape(len(prompts), len(wanted))
 
@@ -149,7 +160,7 @@ def register(runtime: Runtime, model: Any) -> None:
     """Make `model` known to every process of `runtime` under the names that this module maps over."""
     remembered = _Heads(model)
     runtime.register("nll", lambda i: _halving(lambda part: _nll(model, part, remembered, i[1], i[2]), i[0]))
-    runtime.register("next", lambda i: _halving(lambda part: _next(model, part, i[1]), i[0]))
+    runtime.register("next", lambda i: _halving(lambda part: _next(model, part, remembered, i[1], i[2]), i[0]))
     runtime.register("statistics", lambda i: _halving(lambda part: _statistics(model, part), i))
     runtime.register("generate", lambda i: _halving(lambda part: _generate(model, part, i[1]), i[0]))
 
@@ -256,10 +267,13 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _next(model: Any, prompts: Sequence[Sequence[int]], candidates: Sequence[int]) -> list[list[float]]:
-    ids = _padded(prompts, model.device)
-    last = torch.tensor([len(p) - 1 for p in prompts], device=ids.device)
-    hidden = _body(model, ids)[torch.arange(len(prompts), device=ids.device), last]
+def _next(
+    model: Any, prompts: Sequence[tuple[int, ...]], heads: _Heads, head: int, candidates: Sequence[int]
+) -> list[list[float]]:
+    ids = _padded([p[head:] for p in prompts], model.device)
+    last = torch.tensor([len(p) - head - 1 for p in prompts], device=ids.device)
+    past = heads.cache(prompts[0][:head], len(prompts)) if head else None
+    hidden = _body(model, ids, past)[torch.arange(len(prompts), device=ids.device), last]
     logprobs = torch.log_softmax(_logits(model, hidden), dim=-1)
     rows: list[list[float]] = logprobs[:, list(candidates)].double().cpu().tolist()
     return rows

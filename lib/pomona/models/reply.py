@@ -42,6 +42,7 @@ class Trouble:
         retry: whether the same request may do better later.
         fatal: whether no other request can do better either.
         down: whether it speaks of the endpoint, not of the request.
+        unreachable: whether not even a connection came about.
         wait: seconds the server asked us to wait.
         used: tokens it cost; None when it may have been billed and nobody said how much.
     """
@@ -51,6 +52,7 @@ class Trouble:
     retry: bool = True
     fatal: bool = False
     down: bool = False
+    unreachable: bool = False
     wait: float = 0.0
     used: Usage | None = FREE
 
@@ -82,10 +84,12 @@ def read_error(error: openai.OpenAIError | TimeoutError) -> Trouble:
     if isinstance(error, openai.APIStatusError):
         return _read_status(error.status_code, error.response.headers, error.response.content)
     cause = error.__cause__ or error
-    used = FREE if type(cause).__name__ in _NEVER_CONNECTED else None
+    unreachable = type(cause).__name__ in _NEVER_CONNECTED
+    used = FREE if unreachable else None
     if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return Trouble("timeout", down=True, used=used)
-    return Trouble("connection", str(cause) or type(cause).__name__, down=True, used=used)
+        return Trouble("timeout", down=True, unreachable=unreachable, used=used)
+    said = str(cause) or type(cause).__name__
+    return Trouble("connection", said, down=True, unreachable=unreachable, used=used)
 
 
 def _read_status(status: int, headers: Mapping[str, str], content: bytes) -> Trouble:
@@ -147,4 +151,5 @@ def _message(content: bytes) -> str:
 
 
 def _beginning(content: bytes) -> str:
-    return content[:2000].decode(errors="replace")
+    # Blanks go first: whoever shows this collapses them, and a secret cut in half at the end could come into view.
+    return " ".join(content.decode(errors="replace").split())[:2000]

@@ -79,11 +79,13 @@ class Runtime:
         if cls._opened.get("device", device) != device:
             raise UsageError(f"this process already runs on {cls._opened['device']}, not on {device}")
         if "accelerator" not in cls._opened:
-            if device not in ("auto", "cpu"):
+            # Accelerate joins processes on a CPU only when told that it is to be a CPU.
+            cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+            if device not in ("auto", "cpu", "cuda"):  # "cuda" would put every process of a launch on the first GPU
                 os.environ["ACCELERATE_TORCH_DEVICE"] = device
             # The other processes wait as long as the main one trains, or waits for input itself.
             patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-            cls._opened.update(device=device, accelerator=Accelerator(cpu=device == "cpu", kwargs_handlers=[patience]))
+            cls._opened.update(device=device, accelerator=Accelerator(cpu=cpu, kwargs_handlers=[patience]))
         return cls._opened["accelerator"]
 
     @property
@@ -186,7 +188,9 @@ def _threads(processes: int) -> int:
     wanted = os.environ.get("POMONA_THREADS") or os.environ.get("OMP_NUM_THREADS")
     if wanted and wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    # Linux alone tells which processors a process may use.
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors // processes)
 
 
 def _broadcast(objects: list[Any]) -> list[Any]:

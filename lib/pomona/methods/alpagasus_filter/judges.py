@@ -35,7 +35,7 @@ REVIEW_TOKENS = 256
 _WINDOW = 4096
 # A local judge's records per window and tokens per batch. A window is what a killed run may have to repeat, so on a
 # processor it is kept to about a minute of a small model.
-_ON_CPU = 64, 2048
+_ON_CPU = 128, 1024
 _ON_ACCELERATOR = 1024, 16384
 
 

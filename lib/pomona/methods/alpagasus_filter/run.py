@@ -315,6 +315,7 @@ class _Filtering:
             for reason, count in sorted(unseen.items()):
                 self._report.set_aside(reason, count)
             self._report.write(config.report)
+            stream.progress.show("\n".join(self._report.summary_lines()))
             summary["report"] = str(config.report)
         return summary
 

@@ -184,8 +184,10 @@ def _score(
     if config.experience is not None:
         readable, learned = _experienced(config, recipe, settings, readable, stream)
     scorer = _scorer(config, settings)
+    runtime = scorer.runtime
+    stream.progress.note(f"scoring on {runtime.why}; processes: {runtime.world}, threads in each: {runtime.threads}")
     text = _Text.of(scorer.tokenizer, recipe)
-    budget = config.token_budget or scoring.token_budget(scorer.runtime.device.type)
+    budget = _budget(config, scorer)
     decides = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in _SELECTION_ONLY}
     decides |= {"sort_window": config.sort_window, "tokens_per_batch": budget, "batch_size": settings.batch_size}
     stream.open_journal({"variant": config.variant, **decides, **scorer.identity})
@@ -263,7 +265,7 @@ def _experienced(
     config: Config, recipe: Recipe, settings: Settings, readable: Iterator[Read], stream: Stream
 ) -> tuple[Iterator[Read], dict[str, Any]]:
     """Make sure that the brief model exists; the records again, and what the summary says of it."""
-    from pomona.methods.ifd_score import experience, scoring
+    from pomona.methods.ifd_score import experience
 
     assert config.experience is not None
     wanted = experience.described(config, recipe, settings)
@@ -285,13 +287,20 @@ def _experienced(
             recipe,
             settings,
             stream.progress,
-            tokens_per_batch=config.token_budget or scoring.token_budget(scorer.runtime.device.type),
+            tokens_per_batch=_budget(config, scorer),
         )
         scorer.runtime.close()
         readable = zip(spool, spoken, strict=True)
     else:
         stream.progress.note(f"using the brief model in {config.experience}")
     return readable, {"experience": {"chosen": len(entry["chosen"]), "losses": entry["losses"]}}
+
+
+def _budget(config: Config, scorer: Scorer) -> int:
+    from pomona.methods.ifd_score import scoring
+
+    runtime = scorer.runtime
+    return config.token_budget or scoring.token_budget(runtime.device.type, runtime.dtype.itemsize)
 
 
 def _plan(
@@ -309,7 +318,9 @@ def _plan(
         made = experience.finished(config.experience, wanted, overwrite=settings.overwrite)
         plan["experience"] = "make" if made is None else "use"
     text = _Text.of(load_tokenizer(name, gguf_file=config.gguf_file, revision=config.revision), recipe)
-    budget = config.token_budget or scoring.token_budget("cpu" if settings.device in ("auto", "cpu") else "cuda")
+    budget = config.token_budget or scoring.token_budget(
+        "cpu" if settings.device in ("auto", "cpu") else "cuda", 4 if settings.dtype == "float32" else 2
+    )
     statuses: Counter[str] = Counter()
     totals = Counter(sequences=0, tokens=0, batches=0)
     for chunk in _chunks(_readable(records, stream), config.sort_window):
