@@ -7,7 +7,7 @@ out=${1:-build/demo}
 mkdir -p "$out"
 
 pomona ifd-score data/instructions.jsonl --variant cherry |
-  pomona alpagasus-filter --judge local --score expected --top 50% \
+  pomona alpagasus-filter --judge local --prompt rubric-first --top 50% \
     --report "$out/report.md" -o "$out/kept.jsonl" --overwrite
 
 echo "Kept records: $out/kept.jsonl   Report with plots: $out/report.md" >&2

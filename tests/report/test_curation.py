@@ -57,8 +57,8 @@ def test_every_record_is_in_the_counts(tmp_path: Path) -> None:
 def test_the_report_shows_its_plots_and_they_are_real(tmp_path: Path) -> None:
     _report().write(tmp_path / "my report.md")
     names = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (tmp_path / "my report.md").read_text())
-    assert names == [f"my%20report-{kind}.png" for kind in ("counts", "ratings", "ifd")]
-    for kind in ("counts", "ratings", "ifd"):
+    assert names == [f"my%20report-{kind}.png" for kind in ("ratings", "ifd")]
+    for kind in ("ratings", "ifd"):
         width, height = _png_size((tmp_path / f"my report-{kind}.png").read_bytes())
         assert width > 900 and height > 200
 
@@ -68,7 +68,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         _report().write(tmp_path / name / "r.md")
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == ["r-counts.png", "r-ifd.png", "r-ratings.png", "r.md"]
+    assert files == ["r-ifd.png", "r-ratings.png", "r.md"]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
 
 
@@ -77,9 +77,7 @@ def test_only_plots_with_something_to_show_are_made(tmp_path: Path) -> None:
     report = CurationReport(title="ifd only")
     report.add({**_record(), "ifd": {"ifd": 0.5}}, True)
     report.write(tmp_path / "ifd.md")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        *("empty-counts.png", "empty.md", "ifd-counts.png", "ifd-ifd.png", "ifd.md")
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*("empty.md", "ifd-ifd.png", "ifd.md")]
     assert "Misaligned" not in (tmp_path / "ifd.md").read_text()
 
 

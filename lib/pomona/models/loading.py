@@ -97,6 +97,7 @@ def load_causal_lm(
         model = _with_adapter(model, adapter)
         identity["adapter"] = _directory_digest(adapter)
     model = model.to(runtime.device).eval().requires_grad_(False)
+    losses.check(model)
     losses.register(runtime, model)
     return Scorer(model, tokenizer, runtime, identity, losses.shares_heads(model))
 

@@ -267,6 +267,23 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def check(model: Any) -> None:
+    """Refuse an architecture that does more between its body and its logits than `_logits` knows of.
+
+    Raises:
+        UnavailableError: a few tokens get other logits from the whole model.
+    """
+    ids = torch.arange(2, 10, device=model.device)[None]
+    whole, ours = model(input_ids=ids, use_cache=False).logits.float(), _logits(model, _body(model, ids))
+    loose = 1e-4 if model.dtype is torch.float32 else 3e-2
+    if not torch.allclose(whole, ours, rtol=loose, atol=loose * float(whole.abs().nan_to_num().max()), equal_nan=True):
+        raise UnavailableError(
+            f"models of type {model.config.model_type} compute their logits in a way that is not supported",
+            hint="it would get wrong scores; please report the model",
+        )
+
+
+@torch.inference_mode()
 def _next(
     model: Any, prompts: Sequence[tuple[int, ...]], heads: _Heads, head: int, candidates: Sequence[int]
 ) -> list[list[float]]:

@@ -112,8 +112,8 @@ class CurationReport:
     # --- Markdown ----------------------------------------------------------------------------------------------------
 
     def write(self, path: Path) -> None:
-        """Write the report to `path`, and its plots beside it: `STEM-counts.png`, `-ratings.png`, `-ifd.png`."""
-        from pomona.report.plots import counts_plot, ifd_plot, ratings_plot
+        """Write the report to `path`, and its plots beside it: `STEM-ratings.png` and `STEM-ifd.png`."""
+        from pomona.report.plots import ifd_plot, ratings_plot
 
         plots: list[tuple[str, str]] = []
 
@@ -122,7 +122,6 @@ class CurationReport:
             plots.append((name, described))
             return path.with_name(name)
 
-        counts_plot(place("counts", "records in, kept and dropped"), "Records", self.total, self.kept, self._reasons())
         ratings, kept = self._known(self._ratings)
         if len(ratings):
             named = f"Ratings: {self.dimension}" if self.dimension and self.dimension.isascii() else "Ratings"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,27 +35,6 @@ _STYLE: dict[str, Any] = {
     "savefig.dpi": 144,
     "text.parse_math": False,  # labels may hold text of users
 }
-
-
-def counts_plot(path: Path, title: str, total: int, kept: int, dropped: Sequence[tuple[str, int]]) -> None:
-    """Bars for what came in, what was kept, and what was dropped for each reason."""
-    from matplotlib import rc_context
-
-    rows = [("in", total, INK), ("kept", kept, KEPT), *((_short(reason), n, DROPPED) for reason, n in dropped)]
-    with rc_context(_STYLE):
-        figure, axes = _canvas(7.5, 1.35 + 0.42 * len(rows))
-        places = range(len(rows), 0, -1)
-        axes.barh(places, [n for _, n, _ in rows], color=[colour for *_, colour in rows], height=0.68)
-        for place, (_, n, _) in zip(places, rows, strict=True):
-            share = f"  {n / total:.1%}" if total and place != len(rows) else ""
-            axes.annotate(f"{n:,}{share}", (n, place), (6, 0), textcoords="offset points", va="center")
-        axes.set_yticks(places, [name for name, *_ in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, max(1, total) * 1.2)
-        axes.set_xticks([])
-        axes.spines[["bottom"]].set_visible(False)
-        axes.set_title(title)
-        _save(figure, path)
 
 
 def ratings_plot(
@@ -166,9 +144,3 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     with atomic_file(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})
-
-
-def _short(text: str) -> str:
-    """A label that any font can show and that leaves room for the bars."""
-    shown = "".join(c if c.isprintable() and ord(c) < 0x2000 else "?" for c in text)
-    return shown if len(shown) <= 34 else shown[:33] + "…"

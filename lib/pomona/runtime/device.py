@@ -7,6 +7,7 @@ planned from the data alone, and each is computed by one thread from beginning t
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,9 @@ class Runtime:
             # The other processes wait as long as the main one trains, or waits for input itself.
             patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
             cls._opened.update(device=device, accelerator=Accelerator(cpu=cpu, kwargs_handlers=[patience]))
+            if torch.distributed.is_initialized():
+                # Left to the interpreter's end, the group's threads can abort the process after its work is done.
+                atexit.register(torch.distributed.destroy_process_group)
         return cls._opened["accelerator"]
 
     @property
