@@ -34,7 +34,7 @@ def describe(text: str) -> tuple[str, str, list[str]]:
     """
     paragraphs = [" ".join(p.split()) for p in text.split("\n\n")]
     claim = next((p.removeprefix("Claim.").strip() for p in paragraphs if p.startswith("Claim.")), "")
-    section = re.search(r"^Deviations[^\n]*\n(.*?)(?=^\S[^\n]*\n\n|\Z)", text, re.S | re.M)
+    section = re.search(r"^Deviations[^\n]*\n(.*?)(?=^[^\s*-][^\n]*\n\n|\Z)", text, re.S | re.M)
     items = re.split(r"^\s*[*-] ", section[1], flags=re.M)[1:] if section else []
     return paragraphs[0].rstrip("."), claim, [" ".join(item.split()) for item in items]
 

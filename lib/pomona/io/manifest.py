@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from pomona import __version__
 from pomona.io.atomic import atomic_file
 
+_CREDENTIALS = re.compile(r"://[^/@\s]*@")
 _LIBRARIES = ("accelerate", "datasets", "numpy", "openai", "orjson", "pyarrow", "scikit-learn", "torch", "transformers")
 
 
@@ -27,13 +29,18 @@ def manifest_path(output: Path) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON would give it back: dataclasses become objects, paths and enums text, tuples lists."""
+    """`value` as JSON would give it back: dataclasses become objects, paths text, tuples lists.
+
+    A user name and password inside an address are left out, as secrets never reach a manifest.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    if isinstance(value, str):
+        return _CREDENTIALS.sub("://", value)
     return str(value) if isinstance(value, Path) else value
 
 

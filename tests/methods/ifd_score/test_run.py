@@ -174,6 +174,30 @@ def test_turns_of_one_conversation_share_its_forward_pass(ifd: Ifd, monkeypatch:
     assert sorted(len(passage.spans) for passage in computed) == [1, 1, 1, 3]
 
 
+@pytest.mark.parametrize("variant", ["superfilter", "cherry"])
+def test_a13_the_same_exchange_in_every_layout_has_the_same_score(ifd: Ifd, variant: str) -> None:
+    flat = [{"instruction": f"Say {n} twice.", "output": f"{n} {n}, said" + " twice" * n} for n in range(6)]
+    layouts = [
+        flat,
+        [{**record, "input": ""} for record in flat],
+        [{"prompt": r["instruction"], "answer": r["output"]} for r in flat],
+        [
+            {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}]}
+            for r in flat
+        ],
+        [
+            {"conversations": [{"from": "human", "value": r["instruction"]}, {"from": "gpt", "value": r["output"]}]}
+            for r in flat
+        ],
+    ]
+    named = [{}, {}, {"instruction_field": "prompt", "output_field": "answer"}, {}, {}]
+    scores = [
+        [record["ifd"] for record in ifd(records, variant=variant, **fields).records]
+        for records, fields in zip(layouts, named, strict=True)
+    ]
+    assert all(found == scores[0] for found in scores[1:])
+
+
 def test_reverse_scores_the_instruction_and_leaves_the_score_beside_it(ifd: Ifd, reference: Mean) -> None:
     record = {"instruction": "Say it", "input": " twice", "output": "it it"}
     forward = ifd([record]).records[0]

@@ -32,4 +32,9 @@ Deviations from the released code, and why
 * A reply is parsed by `--parser robust` unless `reference` is asked for, which reads the first line as a number and
   gives -1 otherwise. A non-finite number is unparsed under both: no result of ours is ever non-finite.
 * "Could not be parsed" and "worst" are different things here: a status says which, and the rejects list the former.
+
+What we found (tests/bench/selection_quality.py, the records of `ifd_score`'s finding)
+
+* The embedded 135M model is no judge: its expected accuracy separates the records that Claude rated 4.5 or more no
+  better than chance, AUC 0.50 (0.45-0.54). A shorter answer is a better sign of them, AUC 0.65 (0.60-0.69).
 """

@@ -38,4 +38,10 @@ Deviations from the released code, and why
 * The `wizardlm` prompt length counts the whole prompt, not the bare instruction.
 * `--reverse` (r-IFD) asks for the instruction in our own words, so its figures are near the published ones, not equal.
 * `--rate-base 52002` restores superfilter's built-in constant; the default is the number of records read.
+
+What we found (tests/bench/selection_quality.py, SmolLM2-135M: 300 Alpaca records Claude rated 4.5 or more, 300 others)
+
+* A high IFD marks the records that Claude rated lower: AUC 0.38 (0.34-0.43) for `superfilter`, 0.40 (0.36-0.45) for
+  `cherry`. `--keep-top 10%` keeps 7 % of Claude's records and 13 % of the others. Difficulty is not accuracy.
+* `superfilter`'s IFD rises with the length of the answer (Spearman 0.81), `cherry`'s much less (0.32).
 """

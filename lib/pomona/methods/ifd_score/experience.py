@@ -246,7 +246,7 @@ def brief_epoch(
         total = 0.0
         for part in batches([len(examples[i][0]) for i in members], tokens_per_batch):
             loss = _answer_nll(model, [examples[members[k]] for k in part], device) / answer_tokens
-            loss.backward()  # type: ignore[no-untyped-call]
+            scorer.runtime.accelerator.backward(loss)
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
         if not (math.isfinite(total) and math.isfinite(norm.item())):
