@@ -33,6 +33,7 @@ class StreamCommand:
     config: type[Any]
     own_key: str
     help: str
+    examples: tuple[str, ...]
 
     @property
     def stem(self) -> str:
@@ -51,7 +52,12 @@ class StreamCommand:
             *parameters(StreamOptions, "Records"),
         ]
         made += parameters(Face, "Help and messages")
-        app.command(self.name, rich_help_panel=self.panel, help=self.help)(with_parameters(self.main, made))
+        app.command(self.name, rich_help_panel=self.panel, help=self._help())(with_parameters(self.main, made))
+
+    def _help(self) -> str:
+        """Paragraphs on one line each, for the terminal to wrap, then an example a paragraph."""
+        paragraphs = [" ".join(paragraph.split()) for paragraph in self.help.split("\n\n")]
+        return "\n\n".join([*paragraphs, "Examples:", *(f"$ {example}" for example in self.examples)])
 
     def main(self, inputs: list[str] | None, **given: Any) -> None:
         """The body Typer calls."""
@@ -105,6 +111,7 @@ class StreamCommand:
                     return _FINISHED
                 stream.summary.update(plain(extra))
             summary = {**stream.counts.summary(), **stream.summary}
+        console.close()
         if stream.output is not None:
             write_json(stdout, {"command": self.name, **summary, "output": str(stream.output)})
         console.show(f"pomona {self.name}: {summary_line(summary)}")

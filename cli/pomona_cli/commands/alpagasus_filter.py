@@ -12,8 +12,9 @@ COMMAND = StreamCommand(
 
     The filter of AlpaGasus (arXiv 2307.08701), with ratings that you have, with any OpenAI-compatible endpoint as
     judge, or with a local model. Each record that passes comes out with an "alpagasus" object.
-
-    Examples: pomona alpagasus-filter data.jsonl --ratings ratings.jsonl > kept.jsonl;
-    pomona alpagasus-filter data.jsonl --judge openai --model NAME --max-cost 5 -o kept.jsonl
     """,
+    examples=(
+        "pomona alpagasus-filter data.jsonl --ratings ratings.jsonl > kept.jsonl",
+        "pomona alpagasus-filter data.jsonl --judge openai --model NAME -o kept.jsonl",
+    ),
 )

@@ -13,8 +13,9 @@ COMMAND = StreamCommand(
     The score is the instruction-following difficulty of Cherry LLM (arXiv 2308.12032): how much less surprised a model
     is by an answer once it has seen the instruction. Near 1: the instruction helps little. Above 1: they do not belong
     together. Each record comes out with an "ifd" object.
-
-    Examples: pomona ifd-score data.jsonl > scored.jsonl;
-    pomona ifd-score scored.jsonl --keep-top 5% -o hardest.json
     """,
+    examples=(
+        "pomona ifd-score data.jsonl > scored.jsonl",
+        "pomona ifd-score scored.jsonl --keep-top 5% -o hardest.json",
+    ),
 )
