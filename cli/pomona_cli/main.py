@@ -154,8 +154,9 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Entry point of ``pomona`` and of ``python -m pomona_cli``."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job is not to hear Ctrl-C
+            signal.signal(number, _interrupt)
     if "--debug" not in sys.argv:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

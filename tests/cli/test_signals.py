@@ -168,3 +168,16 @@ def test_resuming_a_finished_run_does_nothing_and_other_settings_are_refused(
         file.write(jsonl(RECORDS[:1]))
     changed = run("--resume")
     assert changed.returncode == 2, changed.stderr
+
+
+def test_another_ratings_file_is_another_input(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
+    options = ["in.jsonl", *SPECIMENS["alpagasus-filter"].options(tmp_path, tmp_path), "-o", "out.jsonl", "--resume"]
+
+    def run() -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(command("alpagasus-filter", *options), cwd=tmp_path, capture_output=True)
+
+    assert run().returncode == 0 and run().returncode == 0
+    with (tmp_path / "ratings.jsonl").open("ab") as file:
+        file.write(jsonl([{"id": "another", "score": 1}]))
+    assert run().returncode == 2

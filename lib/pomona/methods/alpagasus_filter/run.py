@@ -6,6 +6,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pomona.errors import CheckFailed, UsageError
@@ -61,6 +62,7 @@ def run(config: Config, settings: Settings, stream: Stream) -> dict[str, Any]:
 
         return plan(config, settings, stream, prompt)
 
+    stream.also_reads(Path(config.prompt))
     filtering = _Filtering(config, stream)
     stream.progress.start("rating", None)
     if config.ratings is not None:
@@ -90,6 +92,7 @@ def _from_file(
     config: Config, settings: Settings, stream: Stream, reader: Reader, filtering: _Filtering
 ) -> dict[str, Any]:
     assert config.ratings is not None
+    stream.also_reads(config.ratings)
     ratings = Ratings(config.ratings, join=config.join, id_field=config.id_field, reader=reader, fields=stream.fields)
     if config.join == "index" and stream.output is None:
         # Nothing may reach a pipe before the lengths are known to agree.
