@@ -12,6 +12,7 @@ import os
 import pkgutil
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -39,8 +40,17 @@ class Interrupted(BaseException):
         self.number = number
 
 
+_received: list[int] = []
+_CLEANING_UP_S = 5.0
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)  # a second one skips the cleaning up
+    _received.append(number)
+    # The exception can be swallowed where it lands (an import, a destructor, a callback). The signal must not be.
+    last = threading.Timer(_CLEANING_UP_S, os.kill, (os.getpid(), number))
+    last.daemon = True
+    last.start()
     raise Interrupted(number)
 
 
@@ -86,6 +96,8 @@ def seam(command: str) -> Iterator[None]:
 
 
 def _fail(command: str, error: PomonaError, face: Face) -> NoReturn:
+    if _received:  # what failed is what the signal interrupted
+        _die_by(_received[0])
     if face.debug:
         traceback.print_exc(file=sys.stderr)
     report_error(command, error, face)

@@ -43,6 +43,33 @@ def test_a_signal_is_what_the_process_dies_by(name: str, number: int, tmp_path: 
     assert left <= {"out.jsonl.journal"}
 
 
+@pytest.mark.parametrize("swallowed", ["pass", "raise ValueError"])
+def test_a_signal_counts_even_where_its_exception_is_swallowed(swallowed: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\n"
+        "import pomona.io.stream as s\n"
+        "def emit(self, record):\n"
+        "    open('here', 'w').close()\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    except BaseException:\n"
+        f"        {swallowed}\n"
+        "    time.sleep(60)\n"
+        "s.Stream.emit = emit\n"
+    )
+    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
+    options = SPECIMENS["alpagasus-filter"].options(tmp_path, tmp_path)
+    process = subprocess.Popen(
+        command("alpagasus-filter", "in.jsonl", *options, "-o", "out.jsonl"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert _wait_for(tmp_path / "here")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == -signal.SIGINT
+
+
 @every_stream
 def test_ctrl_c_ends_a_shell_loop(name: str, tmp_path: Path, tiny_model: Path) -> None:
     """A command that exits 130 by itself lets bash go on to the next item; one that dies by SIGINT stops it."""
