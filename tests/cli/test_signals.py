@@ -128,11 +128,13 @@ def kill_and_resume(name: str, kills: int, records: int, folder: Path, model: Pa
     length = time.monotonic() - started
     rng = random.Random(0)
     hit = 0
+    lengths = [length, length]  # of a first attempt and of its resumption, as last seen: the machine's pace changes
     for number in range(kills):
         for left in (*folder.glob("cut.jsonl*"), *folder.glob(".cut*")):
             left.unlink()
         # kills fall both early and late: within the first attempt, then within its resumption
-        for share in (rng.uniform(0.05, 0.95), rng.uniform(0.3, 0.95)):
+        for phase in (0, 1):
+            begun = time.monotonic()
             process = subprocess.Popen(
                 command(name, "in.jsonl", *options, "-o", "cut.jsonl", "--resume"),
                 cwd=folder,
@@ -140,7 +142,8 @@ def kill_and_resume(name: str, kills: int, records: int, folder: Path, model: Pa
                 stderr=subprocess.PIPE,
             )
             try:
-                process.wait(timeout=share * length)
+                process.wait(timeout=rng.uniform(0.1, 0.9) * lengths[phase])
+                lengths[phase] = time.monotonic() - begun
             except subprocess.TimeoutExpired:
                 hit += 1
             process.kill()
