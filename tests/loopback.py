@@ -62,13 +62,17 @@ class Reply:
 Script = Callable[[Seen], Reply]
 
 
-def ok(text: Any, usage: tuple[int, int] | None = (10, 1), **choice: Any) -> Reply:
-    """A complete answer; `usage` is (prompt tokens, completion tokens) or None to leave it out."""
-    message = {"role": "assistant", "content": text}
+def ok(text: Any, usage: tuple[int, int] | None = (10, 1), *, more: Sequence[Any] = (), **choice: Any) -> Reply:
+    """A complete answer; `usage` is (prompt tokens, completion tokens) or None to leave it out, `more` holds the texts
+    of further choices."""
+    messages = [{"role": "assistant", "content": content} for content in (text, *more)]
     body: dict[str, Any] = {
         "object": "chat.completion",
         "model": "loopback-1",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop", **choice}],
+        "choices": [
+            {"index": index, "message": message, "finish_reason": "stop", **choice}
+            for index, message in enumerate(messages)
+        ],
     }
     if usage is not None:
         body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
@@ -106,8 +110,11 @@ MALFORMED: tuple[Reply, ...] = (
 
 
 def answer(seen: Seen) -> Reply:
-    """The default: a rating from 1 to 5 fixed by the content, with a usage of one token per four characters."""
-    return ok(str(1 + int(seen.digest, 16) % 5), (len(seen.text) // 4 + 4 * len(seen.body["messages"]) + 3, 1))
+    """The default: a rating from 1 to 5 fixed by the content, with a usage of one token per four characters; as many
+    choices as asked for, the next rating each."""
+    first, count = int(seen.digest, 16) % 5, seen.body.get("n", 1)
+    ratings = [str(1 + (first + choice) % 5) for choice in range(count)]
+    return ok(ratings[0], (len(seen.text) // 4 + 4 * len(seen.body["messages"]) + 3, count), more=ratings[1:])
 
 
 def mixed(
@@ -132,7 +139,7 @@ class Loopback:
     """The server; enter it to start, leave it to stop.
 
     Read `seen` (every request, unless keep=False), `calls`, `valid` (valid answers sent), `spent` (tokens in those),
-    `in_flight`, `peak`, `dropped` (requests whose client went away before the reply).
+    `in_flight`, `peak`, `connections`, `dropped` (requests whose client went away before the reply).
     """
 
     def __init__(self, script: Script | Sequence[Reply] = answer, *, latency: float = 0.0, keep: bool = True) -> None:
@@ -140,7 +147,7 @@ class Loopback:
         self.latency = latency
         self._keep = keep
         self.seen: list[Seen] = []
-        self.calls = self.valid = self.spent = self.in_flight = self.peak = self.dropped = 0
+        self.calls = self.valid = self.spent = self.in_flight = self.peak = self.connections = self.dropped = 0
         self._attempts: dict[str, int] = {}
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
@@ -167,6 +174,7 @@ class Loopback:
         server.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await self._exchange(reader, writer):
                 pass
@@ -179,7 +187,8 @@ class Loopback:
         start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
         headers = {name.lower(): value.strip() for name, value in (line.split(":", 1) for line in lines)}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
-        if not start.startswith("POST /v1/chat/completions "):
+        method, target, _ = start.split()
+        if method != "POST" or not target.endswith("/v1/chat/completions"):  # a whole address when it is the proxy
             return await _send(writer, status(404, "no such path"))
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)

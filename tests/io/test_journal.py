@@ -69,3 +69,21 @@ def test_closing_can_remove_it(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", PRINT, resume=False)
     journal.close(remove=True)
     assert not (tmp_path / "j").exists()
+
+
+def test_a_line_that_no_journal_wrote_is_named_and_not_met_later(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    Journal(path, PRINT, resume=False).close()
+    head = path.read_bytes()
+    foreign = [
+        b'{"key":5,"value":{}}',
+        b'{"key":{},"value":{}}',
+        b'{"key":"a"}',
+        b'{"key":"a","value":[1]}',
+        b"[]",
+        b"3",
+    ]
+    for content in [*(head + line for line in foreign), b'{"fingerprint":[]}', b'{"fingerprint":"x"}', b"null"]:
+        path.write_bytes(content + b"\n")
+        with pytest.raises(MissingError, match="not a line of a journal"):
+            Journal(path, PRINT, resume=True)

@@ -19,28 +19,18 @@ from typing import Any
 import openai
 import pytest
 
+from endpoints import KEY, surroundings  # noqa: F401
 from loopback import CUT, HANG, HTML, RESET, Loopback, Reply, Seen, answer, mixed, ok, raw, status
 from pomona.errors import DataError, EndpointError, UsageError
 from pomona.io.journal import Journal, NoJournal
-from pomona.models import chat
+from pomona.models import asking, chat
 from pomona.models.budget import Budget, Pace, Usage, estimate_prompt_tokens, prompt_bound
 from pomona.models.chat import Answer, ChatClient, Endpoint, Failure, Request, Unasked, request_key
 from pomona.models.endpoint import redact
 from pomona.models.reply import RETRY_AFTER_CAP, _retry_after
 from pomona.runtime.progress import Quiet
 
-KEY = "k3y-Secret-of-the-orchard"
 USED = Usage(55, 1)  # what the loopback counts for one `question`
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key, quick retries, and none of the caller's proxies."""
-    for name in os.environ:
-        if name.lower().endswith("_proxy") or name.startswith("OPENAI_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(chat, "BACKOFF_BASE", 0.005)
 
 
 @pytest.fixture
@@ -197,9 +187,9 @@ def test_a_wait_beyond_the_patience_is_not_begun() -> None:
 
 def test_backoff_grows_to_its_cap_with_full_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
-    monkeypatch.setattr(chat, "BACKOFF_BASE", 0.001)
-    monkeypatch.setattr(chat, "BACKOFF_CAP", 0.004)
-    monkeypatch.setattr(chat.random, "uniform", lambda low, high: limits.append(high) or low)  # type: ignore[attr-defined]
+    monkeypatch.setattr(asking, "BACKOFF_BASE", 0.001)
+    monkeypatch.setattr(asking, "BACKOFF_CAP", 0.004)
+    monkeypatch.setattr(asking.random, "uniform", lambda low, high: limits.append(high) or low)  # type: ignore[attr-defined]
     with Loopback(lambda seen: status(500)) as server:
         list(client(server.url, retries=4).answers([(0, question(0))]))
     assert limits == [0.001, 0.002, 0.004, 0.004, 0.004]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,10 +60,10 @@ def tiny(name: str) -> Any:
     return _built[name]
 
 
-def scorer_of(model: Any, *, threads: int = 1, shares: bool | None = None, tokenizer: Any = None) -> Scorer:
+def scorer_of(model: Any, *, threads: int = 1, shares: bool | None = None) -> Scorer:
     runtime = Runtime(None, torch.device("cpu"), torch.float32, "a test", threads)
     losses.register(runtime, model)
-    return Scorer(model, tokenizer, runtime, {}, losses.shares_heads(model) if shares is None else shares)
+    return Scorer(model, None, runtime, {}, losses.shares_heads(model) if shares is None else shares)
 
 
 def log_probabilities(model: Any, ids: Sequence[int]) -> Any:
@@ -382,7 +381,7 @@ def test_a_damaged_token_gives_nan_to_its_own_passages_alone() -> None:
     assert math.isnan(found[2][0]) and math.isnan(found[3][0])
 
 
-# --- the next token, whole texts, generation -------------------------------------------------------------------------
+# --- the next token, whole texts ------------------------------------------------------------------------------------
 
 
 def some_texts(count: int, seed: int, shortest: int = 1) -> list[tuple[int, ...]]:
@@ -426,44 +425,3 @@ def test_memory_is_halved_for_every_task() -> None:
     with watched(model.base_model, refusing(OUT_OF_MEMORY[0], lambda shape: shape[0] > 2)):
         assert next_token_logprobs(scorer, texts, [4, 5], tokens_per_batch=10**6) == pytest.approx(expected, rel=2e-6)
         assert text_statistics(scorer, texts, tokens_per_batch=10**6)[0] == pytest.approx(means, rel=2e-6)
-
-
-def greedy(model: Any, prompt: Sequence[int], most: int, ends: set[int]) -> list[int]:
-    """The most probable token again and again, each from a fresh forward of everything before it."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + most:
-        ids.append(int(log_probabilities(model, ids)[-1].argmax()))
-        if ids[-1] in ends:
-            break
-    return ids[len(prompt) :]
-
-
-@pytest.fixture
-def talker(tiny_model: Path) -> Iterator[Scorer]:
-    """A sharp random model with a byte tokenizer, of which one token it likes to say is made the end."""
-    torch.manual_seed(2)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_WIDTHS, "vocab_size": 258})).eval()
-    end = greedy(model, (40, 41, 42), 4, set())[-1]
-    model.config.eos_token_id = model.generation_config.eos_token_id = end
-    yield scorer_of(model, threads=2, tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize("tokens", [1, 60, 10**6])
-def test_generation_is_greedy_and_stops_at_the_end(talker: Scorer, tokens: int) -> None:
-    rng = random.Random(19)
-    prompts = [(40, 41, 42), *[tuple(rng.randrange(2, 258) for _ in range(rng.randint(1, 20))) for _ in range(7)]]
-    end = talker.model.config.eos_token_id
-    expected = [greedy(talker.model, prompt, 10, {end}) for prompt in prompts]
-    assert expected[0][-1] == end and len(expected[0]) <= 4
-    assert any(len(row) == 10 for row in expected)
-    found = talker.generate(prompts, 10, tokens_per_batch=tokens)
-    assert found == [(talker.tokenizer.decode(row, skip_special_tokens=True), len(row)) for row in expected]
-
-
-def test_generation_survives_lack_of_memory(talker: Scorer) -> None:
-    prompts = [(40, 41, 42), (50, 51), (60,), (70, 71, 72, 73), (80,)]
-    expected = talker.generate(prompts, 6, tokens_per_batch=10**6)
-    with watched(talker.model.base_model, refusing(MemoryError, lambda shape: shape[0] > 1)) as seen:
-        assert talker.generate(prompts, 6, tokens_per_batch=10**6) == expected
-    assert max(shape[0] for shape in seen) > 1

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from pomona.errors import MissingError, OutputError, UsageError
-from pomona.io.atomic import writing
+from pomona.io.atomic import atomic_file, writing
 
 _FSYNC_EVERY_S = 1.0
 
@@ -41,7 +41,9 @@ class Journal:
             self._file = path.open("r+b" if resume and path.exists() else "w+b", buffering=0)
         self._end = self._read(fingerprint)
         if self._end == 0:
-            self._write({"fingerprint": dict(fingerprint)})
+            self._write(_line({"fingerprint": dict(fingerprint)}))
+        with path.open("rb") as lines:
+            self._header = len(lines.readline())
 
     def _read(self, fingerprint: Mapping[str, Any]) -> int:
         """Index what is there and cut a torn last line; returns where the next line goes."""
@@ -55,8 +57,10 @@ class Journal:
                     if number == 0:
                         _same(entry["fingerprint"], fingerprint, self.path)
                     else:
+                        if not (isinstance(entry["key"], str) and isinstance(entry["value"], dict)):
+                            raise TypeError
                         self._offsets[entry["key"]] = (end, len(line))
-                except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise MissingError(
                         f"{self.path}:{number + 1}: not a line of a journal", hint="remove the file, or use --overwrite"
                     ) from error
@@ -64,19 +68,15 @@ class Journal:
         self._file.truncate(end)
         return end
 
-    def _write(self, entry: Mapping[str, Any]) -> tuple[int, int]:
-        line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
-        start = self._end
+    def _write(self, lines: bytes) -> None:
         with writing(self.path):
-            self._file.seek(start)
-            remaining = memoryview(line)
-            while remaining:
-                remaining = remaining[self._file.write(remaining) :]
+            written = 0
+            while written < len(lines):
+                written += os.pwrite(self._file.fileno(), memoryview(lines)[written:], self._end + written)
             if time.monotonic() - self._synced > _FSYNC_EVERY_S:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
-        self._end += len(line)
-        return start, len(line)
+        self._end += len(lines)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The value stored under `key`, or None."""
@@ -88,7 +88,23 @@ class Journal:
 
     def append(self, key: str, value: Mapping[str, Any]) -> None:
         """Store `value` under `key`; on return it survives the end of the process."""
-        self._offsets[key] = self._write({"key": key, "value": value})
+        self.append_all({key: value})
+
+    def append_all(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Store several values in one write; on return all survive the end of the process."""
+        lines = [_line({"key": key, "value": value}) for key, value in entries.items()]
+        start = self._end
+        self._write(b"".join(lines))
+        for key, line in zip(entries, lines, strict=True):
+            self._offsets[key] = start, len(line)
+            start += len(line)
+
+    def write_sorted(self, path: Path) -> None:
+        """Write the same journal to `path` with its entries in the order of their keys."""
+        with atomic_file(path) as file:
+            file.write(os.pread(self._file.fileno(), self._header, 0))
+            for _, (start, length) in sorted(self._offsets.items()):
+                file.write(os.pread(self._file.fileno(), length, start))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -117,6 +133,9 @@ class NoJournal:
     def append(self, key: str, value: Mapping[str, Any]) -> None:
         return None
 
+    def append_all(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        return None
+
     def __len__(self) -> int:
         return 0
 
@@ -124,12 +143,26 @@ class NoJournal:
         return None
 
 
+def holds_work(path: Path) -> bool:
+    """Whether there is a journal at `path` with anything in it besides its first line."""
+    try:
+        with path.open("rb") as lines:
+            lines.readline()
+            return bool(lines.readline())
+    except FileNotFoundError:
+        return False
+
+
 def refuse_existing(path: Path) -> None:
-    """Raise `OutputError` when an earlier run left a journal and the user has not said what to do with it."""
-    if path.exists() and path.stat().st_size > 0:
+    """Raise `OutputError` when an earlier run left work in a journal and the user has not said what to do with it."""
+    if holds_work(path):
         raise OutputError(
             f"an earlier run left its work in {path}", hint="--resume continues it, --overwrite throws it away"
         )
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What asking costs: token estimates and bounds, a budget that is never passed, and rate limits.
+"""What asking costs: token estimates and bounds, a budget that is never passed, limits of rate and of concurrency.
 
 Three figures for the tokens of a prompt, from loose to exact: `prompt_bound`, which reservations use, is exceeded only
 by an unusually long chat template; `estimate_prompt_tokens`, for dry runs and rate limits, is close on average; `usage`
@@ -160,3 +160,31 @@ class Pace:
         """Take `amount` units, waiting until they are there."""
         if (delay := self.delay(amount)) > 0:
             await asyncio.sleep(delay)
+
+
+class CongestionWindow:
+    """How many requests may be in flight: halved when the server is overrun, then widened one at a time (AIMD).
+
+    Requests that were in flight together tell of one and the same congestion. `episode` counts those; a request keeps
+    the number under which it was sent, and only the first to come back from an episode narrows the window.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = self.limit = most
+        self.episode = 0
+        self._successes = 0
+
+    def narrow(self, episode: int) -> None:
+        """The server was too busy for a request sent in `episode`."""
+        if episode == self.episode:
+            self.limit = max(1, self.limit // 2)
+            self.episode += 1
+            self._successes = 0
+
+    def widen(self) -> None:
+        """A request went well; a full window of them makes room for one more."""
+        if self.limit < self.most:
+            self._successes += 1
+            if self._successes >= self.limit:
+                self.limit += 1
+                self._successes = 0

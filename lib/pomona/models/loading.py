@@ -9,11 +9,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pomona.errors import MissingError, UnavailableError
-from pomona.models import embedded, losses
+from pomona.models import embedded, generation, losses
 from pomona.runtime.device import Runtime
 
 
@@ -32,6 +33,11 @@ class Scorer:
     identity: dict[str, str]
     shares_heads: bool = False
 
+    @cached_property
+    def caching(self) -> generation.Caching:
+        """What the model remembers while it generates."""
+        return generation.caching(self.model, shares_heads=self.shares_heads)
+
     def generate(
         self,
         prompts: Sequence[tuple[int, ...]],
@@ -40,13 +46,18 @@ class Scorer:
         tokens_per_batch: int,
         rows: int | None = None,
     ) -> list[tuple[str, int]]:
-        """Greedy continuations of `prompts`: the text without special tokens, and the number of tokens generated."""
-        items = losses.batches([len(p) + max_new_tokens for p in prompts], tokens_per_batch, rows)
-        done = self.runtime.map("generate", [([prompts[i] for i in batch], max_new_tokens) for batch in items])
+        """Greedy continuations of `prompts`: the text without special tokens, and the number of tokens generated.
+
+        Raises:
+            CheckFailed: the model's logits are not finite.
+        """
+        asked = [generation.Prompt(ids, max_new_tokens) for ids in prompts]
+        planned = generation.plan(self, asked, tokens_per_batch=tokens_per_batch, rows=rows, foreseen=max_new_tokens)
         texts: list[tuple[str, int]] = [("", 0)] * len(prompts)
-        for batch, generated in zip(items, done, strict=True):
-            for index, row in zip(batch, generated, strict=True):
-                texts[index] = self.tokenizer.decode(row, skip_special_tokens=True), len(row)
+        for batch, said in zip(planned, generation.generate(self, asked, planned), strict=True):
+            for place, continuation in zip(batch.places, said, strict=True):
+                text = self.tokenizer.decode(continuation.ids, skip_special_tokens=True)
+                texts[place] = text, len(continuation.ids)
         return texts
 
 
@@ -99,6 +110,7 @@ def load_causal_lm(
     model = model.to(runtime.device).eval().requires_grad_(False)
     losses.check(model)
     losses.register(runtime, model)
+    generation.register(runtime, model)
     return Scorer(model, tokenizer, runtime, identity, losses.shares_heads(model))
 
 

@@ -102,18 +102,25 @@ def passage_nll(
 def _plan(
     scorer: Scorer, passages: Sequence[Passage], tokens_per_batch: int, rows: int | None
 ) -> tuple[list[list[int]], list[int]]:
-    """Batches of passages with the same head, and the length of each passage's head."""
     shared = heads(passages) if scorer.shares_heads else [0] * len(passages)
+    lengths = [len(p.ids) - head for p, head in zip(passages, shared, strict=True)]
+    return plan(passages, shared, lengths, tokens_per_batch, rows), shared
+
+
+def plan(
+    passages: Sequence[Passage], shared: Sequence[int], lengths: Sequence[int], tokens_per_batch: int, rows: int | None
+) -> list[list[int]]:
+    """Batches of passages with the same head, `shared` tokens of each; `lengths` are what the budget counts."""
     members: dict[tuple[int, ...], list[int]] = {}
     for index, passage in enumerate(passages):
         members.setdefault(passage.ids[: shared[index]], []).append(index)
     planned: list[list[int]] = []
-    for head, indices in members.items():
-        lengths = [len(passages[i].ids) - len(head) for i in indices]
-        planned += [[indices[k] for k in batch] for batch in batches(lengths, tokens_per_batch, rows)]
+    for indices in members.values():
+        own = batches([lengths[i] for i in indices], tokens_per_batch, rows)
+        planned += [[indices[k] for k in batch] for batch in own]
     # The longest first, so that threads and processes end together.
-    planned.sort(key=lambda batch: -sum(len(passages[i].ids) - shared[i] for i in batch))
-    return planned, shared
+    planned.sort(key=lambda batch: -sum(lengths[i] for i in batch))
+    return planned
 
 
 def next_token_logprobs(
@@ -158,11 +165,10 @@ def _in_order(planned: Sequence[Sequence[int]], done: Sequence[Sequence[Any]], c
 
 def register(runtime: Runtime, model: Any) -> None:
     """Make `model` known to every process of `runtime` under the names that this module maps over."""
-    remembered = _Heads(model)
-    runtime.register("nll", lambda i: _halving(lambda part: _nll(model, part, remembered, i[1], i[2]), i[0]))
-    runtime.register("next", lambda i: _halving(lambda part: _next(model, part, remembered, i[1], i[2]), i[0]))
-    runtime.register("statistics", lambda i: _halving(lambda part: _statistics(model, part), i))
-    runtime.register("generate", lambda i: _halving(lambda part: _generate(model, part, i[1]), i[0]))
+    remembered = Heads(model)
+    runtime.register("nll", lambda i: halving(lambda part: _nll(model, part, remembered, i[1], i[2]), i[0]))
+    runtime.register("next", lambda i: halving(lambda part: _next(model, part, remembered, i[1], i[2]), i[0]))
+    runtime.register("statistics", lambda i: halving(lambda part: _statistics(model, part), i))
 
 
 def shares_heads(model: Any) -> bool:
@@ -172,7 +178,7 @@ def shares_heads(model: Any) -> bool:
     return kinds == {"full_attention"} and not getattr(config, "sliding_window", None) and not model._is_stateful
 
 
-class _Heads:
+class Heads:
     """Keys and values of the heads used last. Two threads may compute the same one; they get the same bits."""
 
     _KEPT = 8
@@ -183,6 +189,12 @@ class _Heads:
 
     def cache(self, ids: tuple[int, ...], count: int) -> Any:
         """A cache to continue `count` sequences that begin with `ids`."""
+        own = copy.deepcopy(self.of(ids))
+        own.batch_repeat_interleave(count)
+        return own
+
+    def of(self, ids: tuple[int, ...]) -> Any:
+        """The cache of one sequence `ids`, to be read and left as it is."""
         cache = self._caches.get(ids)
         if cache is None:
             cache = self._model.base_model(
@@ -191,12 +203,14 @@ class _Heads:
             self._caches[ids] = cache
             while len(self._caches) > self._KEPT:
                 self._caches.popitem(last=False)
-        own = copy.deepcopy(cache)
-        own.batch_repeat_interleave(count)
-        return own
+        return cache
 
 
-def _halving(compute: Callable[[Sequence[Any]], list[Any]], batch: Sequence[Any]) -> list[Any]:
+def halving(
+    compute: Callable[[Sequence[Any]], list[Any]],
+    batch: Sequence[Any],
+    hint: str = "a smaller --max-length or --chunk-rows needs less",
+) -> list[Any]:
     """`compute` on the whole batch or, when memory runs out, on its halves."""
     try:
         return compute(batch)
@@ -204,14 +218,12 @@ def _halving(compute: Callable[[Sequence[Any]], list[Any]], batch: Sequence[Any]
         if not _out_of_memory(error):
             raise
         if len(batch) == 1:
-            raise UnavailableError(
-                "out of memory on a single sequence", hint="a smaller --max-length or --chunk-rows needs less"
-            ) from error
+            raise UnavailableError("out of memory on a single sequence", hint=hint) from error
     # Outside the handler, so that the failed attempt's tensors are let go first.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(batch) // 2
-    return _halving(compute, batch[:half]) + _halving(compute, batch[half:])
+    return halving(compute, batch[:half], hint) + halving(compute, batch[half:], hint)
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -224,13 +236,13 @@ def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def _nll(model: Any, passages: Sequence[Passage], heads: _Heads, head: int, chunk_rows: int) -> list[tuple[float, ...]]:
+def _nll(model: Any, passages: Sequence[Passage], heads: Heads, head: int, chunk_rows: int) -> list[tuple[float, ...]]:
     ids = _padded([p.ids[head:] for p in passages], model.device)
     spans = [(row, start - head, end - head) for row, p in enumerate(passages) for start, end in p.spans]
     rows = torch.tensor([row for row, start, end in spans for _ in range(start, end)], device=ids.device)
     columns = torch.tensor([i for _, start, end in spans for i in range(start, end)], device=ids.device)
     past = heads.cache(passages[0].ids[:head], len(passages)) if head else None
-    hidden = _body(model, ids, past)[rows, columns - 1]
+    hidden = body(model, ids, past)[rows, columns - 1]
     targets = ids[rows, columns]
     chunk = min(chunk_rows, _ROWS_ON_CPU) if ids.device.type == "cpu" else chunk_rows
     chunks = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
@@ -240,7 +252,7 @@ def _nll(model: Any, passages: Sequence[Passage], heads: _Heads, head: int, chun
     return [tuple(next(finite) for _ in p.spans) for p in passages]
 
 
-def _body(model: Any, ids: Tensor, past: Any = None) -> Tensor:
+def body(model: Any, ids: Tensor, past: Any = None) -> Tensor:
     """Last hidden states, shape [batch, length, hidden], after the `past` of a shared head if there is one."""
     more = {} if past is None else {"past_key_values": past}
     hidden: Tensor = model.base_model(input_ids=ids, use_cache=past is not None, **more).last_hidden_state
@@ -249,10 +261,10 @@ def _body(model: Any, ids: Tensor, past: Any = None) -> Tensor:
 
 def _token_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of `targets` [rows] from `hidden` [rows, hidden], float32."""
-    return torch.nn.functional.cross_entropy(_logits(model, hidden), targets, reduction="none")
+    return torch.nn.functional.cross_entropy(logits(model, hidden), targets, reduction="none")
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
+def logits(model: Any, hidden: Tensor) -> Tensor:
     """Output layer and whatever the architecture does to its result, float32, shape [rows, vocabulary]."""
     config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(hidden)
@@ -268,30 +280,36 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def check(model: Any) -> None:
-    """Refuse an architecture that does more between its body and its logits than `_logits` knows of.
+    """Refuse an architecture that does more between its body and its logits than `logits` knows of.
 
     Raises:
         UnavailableError: a few tokens get other logits from the whole model.
     """
     ids = torch.arange(2, 10, device=model.device)[None]
-    whole, ours = model(input_ids=ids, use_cache=False).logits.float(), _logits(model, _body(model, ids))
-    loose = 1e-4 if model.dtype is torch.float32 else 3e-2
-    if not torch.allclose(whole, ours, rtol=loose, atol=loose * float(whole.abs().nan_to_num().max()), equal_nan=True):
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    if not alike(logits(model, body(model, ids)), whole, model.dtype):
         raise UnavailableError(
             f"models of type {model.config.model_type} compute their logits in a way that is not supported",
             hint="it would get wrong scores; please report the model",
         )
 
 
+def alike(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits agree as far as a model that computes in `dtype` lets them; NaN agrees with NaN."""
+    loose = 1e-4 if dtype is torch.float32 else 3e-2
+    least = loose * float(expected.abs().nan_to_num().max())
+    return torch.allclose(expected, found, rtol=loose, atol=least, equal_nan=True)
+
+
 @torch.inference_mode()
 def _next(
-    model: Any, prompts: Sequence[tuple[int, ...]], heads: _Heads, head: int, candidates: Sequence[int]
+    model: Any, prompts: Sequence[tuple[int, ...]], heads: Heads, head: int, candidates: Sequence[int]
 ) -> list[list[float]]:
     ids = _padded([p[head:] for p in prompts], model.device)
     last = torch.tensor([len(p) - head - 1 for p in prompts], device=ids.device)
     past = heads.cache(prompts[0][:head], len(prompts)) if head else None
-    hidden = _body(model, ids, past)[torch.arange(len(prompts), device=ids.device), last]
-    logprobs = torch.log_softmax(_logits(model, hidden), dim=-1)
+    hidden = body(model, ids, past)[torch.arange(len(prompts), device=ids.device), last]
+    logprobs = torch.log_softmax(logits(model, hidden), dim=-1)
     rows: list[list[float]] = logprobs[:, list(candidates)].double().cpu().tolist()
     return rows
 
@@ -299,38 +317,10 @@ def _next(
 @torch.inference_mode()
 def _statistics(model: Any, texts: Sequence[Sequence[int]]) -> list[tuple[float, list[float]]]:
     ids = _padded(texts, model.device)
-    hidden = _body(model, ids)
+    hidden = body(model, ids)
     found = []
     for row, text in enumerate(texts):
         states = hidden[row, : len(text)].float()
         nll = _token_nll(model, hidden[row, : len(text) - 1], ids[row, 1 : len(text)]).double()
         found.append((float(nll.mean()), states.mean(dim=0).cpu().tolist()))
     return found
-
-
-@torch.inference_mode()
-def _generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    width = max(map(len, prompts))
-    pad = model.config.get_text_config().eos_token_id
-    pad = pad[0] if isinstance(pad, list) else pad or 0
-    ids = torch.tensor([[*[pad] * (width - len(p)), *p] for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-    )
-    ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends])
-    return [_until(row, stops) for row in out[:, width:].tolist()]
-
-
-def _until(row: list[int], stops: set[int]) -> list[int]:
-    """Tokens up to and with the first of `stops`."""
-    end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
-    return row[:end]

@@ -1,33 +1,54 @@
 """What came back from an endpoint, told apart: an answer, or trouble and what to do about it.
 
 A 200 proves little: gateways send HTML, servers under load send empty choices, connections are cut. Nothing here trusts
-a field before looking at its type.
+a field before looking at its type, or a body to be of bearable size.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+import aiohttp
 import openai
 import orjson
 
 from pomona.models.budget import Usage
 
 FREE = Usage()
-RETRY_AFTER_CAP = 300.0  # seconds; a server that asks for more is asked again after this
-_NEVER_CONNECTED = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"}
+MAX_BODY = 64 << 20  # bytes; what is longer is not read to its end
+MAX_TEXT = 1 << 20  # characters of one reply; the rest is cut off
+RETRY_AFTER_CAP = 366 * 86400.0  # seconds; a server that asks for more is understood to ask for this
+_NEVER_CONNECTED = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.ClientHttpProxyError,
+    aiohttp.InvalidURL,
+)
+_CONTEXT_OVERFLOW = re.compile(
+    r"context[_ ](?:length|size|window|limit)|(?:prompt|input) is too long|max_model_len|input token count",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A usable text."""
+
+    text: str
+    finish_reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A usable answer; `usage` is None when the server reported none."""
+    """One choice or more, usable or not, in the server's order; `usage` is None when the server reported none."""
 
-    text: str
-    finish_reason: str | None
+    choices: tuple[Choice | Trouble, ...]
     model: str | None
     usage: Usage | None
 
@@ -43,7 +64,10 @@ class Trouble:
         fatal: whether no other request can do better either.
         down: whether it speaks of the endpoint, not of the request.
         unreachable: whether not even a connection came about.
+        overrun: whether the server had too much to do.
+        final: whether it is the model's last word: not to be retried, and no fault of the endpoint.
         wait: seconds the server asked us to wait.
+        finish_reason: of an empty answer.
         used: tokens it cost; None when it may have been billed and nobody said how much.
     """
 
@@ -53,12 +77,17 @@ class Trouble:
     fatal: bool = False
     down: bool = False
     unreachable: bool = False
+    overrun: bool = False
+    final: bool = False
     wait: float = 0.0
+    finish_reason: str | None = None
     used: Usage | None = FREE
 
 
-def read_reply(content: bytes) -> Reply | Trouble:
-    """The answer in the body of a 200, or what is wrong with it."""
+def read_reply(content: bytes, *, empty_is_final: bool = False) -> Reply | Trouble:
+    """The choices in the body of a 200, or what is wrong with it as a whole."""
+    if len(content) > MAX_BODY:
+        return Trouble("malformed body", f"longer than {MAX_BODY >> 20} MiB: {_beginning(content[:8000])}", used=None)
     try:
         body = orjson.loads(content)
     except orjson.JSONDecodeError as error:
@@ -69,51 +98,75 @@ def read_reply(content: bytes) -> Reply | Trouble:
     if body.get("error"):
         return Trouble("error in body", _message(content), used=usage or FREE)
     choices = body.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    if not isinstance(choices, list) or not choices:
         return Trouble("no choices", _beginning(content), used=usage)
-    message = choices[0].get("message")
+    read = tuple(_read_choice(choice, empty_is_final) for choice in choices)
+    return Reply(read, _string(body.get("model")), usage)
+
+
+def _read_choice(choice: Any, empty_is_final: bool) -> Choice | Trouble:
+    if not isinstance(choice, dict):
+        return Trouble("no choices", f"in place of one: {_beginning(str(choice).encode(errors='replace'))}")
+    message, finish_reason = choice.get("message"), _string(choice.get("finish_reason"))
     text = _text(message.get("content")) if isinstance(message, dict) else ""
-    finish_reason, model = choices[0].get("finish_reason"), body.get("model")
-    if not text.strip():
-        return Trouble("empty answer", f"finish reason: {finish_reason}", used=usage)
-    return Reply(text, _string(finish_reason), _string(model), usage)
+    if text.strip():
+        return Choice(text, finish_reason) if len(text) <= MAX_TEXT else Choice(text[:MAX_TEXT], "length")
+    refusal = _string(message.get("refusal")) if isinstance(message, dict) else None
+    if refusal:
+        return Choice(refusal[:MAX_TEXT], "refusal")
+    if finish_reason == "content_filter":
+        return Choice(text, finish_reason)
+    said = f"finish reason: {finish_reason}"
+    return Trouble("empty answer", said, final=empty_is_final, finish_reason=finish_reason)
 
 
-def read_error(error: openai.OpenAIError | TimeoutError) -> Trouble:
+def read_error(error: openai.OpenAIError | aiohttp.ClientError | TimeoutError) -> Trouble:
     """What an exception from the client means."""
     if isinstance(error, openai.APIStatusError):
         return _read_status(error.status_code, error.response.headers, error.response.content)
-    cause = error.__cause__ or error
-    unreachable = type(cause).__name__ in _NEVER_CONNECTED
+    # The network's own error is inside. The SDK's wrapping takes a reset connection for a time-out while connecting.
+    cause: BaseException = error
+    while cause.__cause__ is not None and not isinstance(cause, aiohttp.ClientError | TimeoutError):
+        cause = cause.__cause__
+    unreachable = isinstance(cause, _NEVER_CONNECTED)
     used = FREE if unreachable else None
-    if isinstance(error, TimeoutError | openai.APITimeoutError):
+    if isinstance(cause, TimeoutError):
         return Trouble("timeout", down=True, unreachable=unreachable, used=used)
     said = str(cause) or type(cause).__name__
     return Trouble("connection", said, down=True, unreachable=unreachable, used=used)
 
 
 def _read_status(status: int, headers: Mapping[str, str], content: bytes) -> Trouble:
-    message = _message(content)
+    message, wait = _message(content), _retry_after(headers)
     if status == 429:
         broke = "insufficient_quota" in message
-        return Trouble("rate limited", message, fatal=broke, down=True, wait=_retry_after(headers))
+        return Trouble("rate limited", message, fatal=broke, down=True, overrun=True, wait=wait)
     if status in (408, 409) or status >= 500:
-        return Trouble(f"http {status}", message, down=status >= 500, wait=_retry_after(headers))
+        return Trouble(f"http {status}", message, down=status >= 500, overrun=status == 503, wait=wait)
+    if status in (400, 413) and _CONTEXT_OVERFLOW.search(message):
+        return Trouble("context overflow", message, retry=False)
     refused = status in (401, 402, 403) or (status == 404 and "model" in message.lower())
     return Trouble(f"http {status}", message, retry=False, fatal=refused)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds, from either form of Retry-After; 0 when absent, past or unreadable."""
-    value = headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
+    """Seconds, from retry-after-ms or either form of Retry-After; 0 when absent, past or unreadable."""
+    seconds = _float(headers.get("retry-after-ms", "")) / 1000
+    if math.isnan(seconds):
+        seconds = _float(headers.get("retry-after", ""))
+    if math.isnan(seconds):
         try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            seconds = parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time()
         except (ValueError, OverflowError):
             return 0.0
-    return min(max(seconds, 0.0), RETRY_AFTER_CAP) if seconds == seconds else 0.0
+    return min(max(seconds, 0.0), RETRY_AFTER_CAP)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _text(content: Any) -> str:

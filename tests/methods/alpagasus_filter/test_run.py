@@ -257,7 +257,7 @@ def test_ratings_from_a_file_import_neither_torch_nor_an_api_client(tmp_path: Pa
 @pytest.fixture(autouse=True)
 def _key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("POMONA_TEST_KEY", KEY)
-    monkeypatch.setattr("pomona.models.chat.BACKOFF_BASE", 0.001)
+    monkeypatch.setattr("pomona.models.asking.BACKOFF_BASE", 0.001)
     yield
 
 

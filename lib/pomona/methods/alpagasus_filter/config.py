@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 from pomona.errors import UsageError
 from pomona.methods.alpagasus_filter.selection import Quota, balance_rule
+from pomona.models.options import EndpointOptions
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(EndpointOptions):
     """Where the ratings come from, how a reply is read, and which records pass."""
 
     ratings: Annotated[
@@ -25,17 +26,6 @@ class Config:
     judge: Annotated[
         Literal["openai", "local"] | None, "rate the records now: an OpenAI-compatible endpoint, or a local model"
     ] = None
-    base_url: Annotated[str | None, "address of the endpoint, e.g. http://localhost:8000/v1"] = None
-    api_key_env: Annotated[str, "environment variable that holds the endpoint's key"] = "OPENAI_API_KEY"
-    concurrency: Annotated[int, "requests in flight at most"] = 32
-    rpm: Annotated[int | None, "requests per minute at most"] = None
-    tpm: Annotated[int | None, "tokens per minute at most"] = None
-    timeout: Annotated[float, "seconds to wait for one reply"] = 60.0
-    retries: Annotated[int, "further attempts at a request that failed in a way that can pass"] = 6
-    max_cost: Annotated[float | None, "stop before this much is spent, in the unit of the prices"] = None
-    max_tokens_total: Annotated[int | None, "stop before this many tokens are used, prompt and reply together"] = None
-    price_in: Annotated[float | None, "price of a million prompt tokens"] = None
-    price_out: Annotated[float | None, "price of a million reply tokens"] = None
     score: Annotated[
         Literal["expected", "greedy"] | None,
         "local judge: expected, the probability-weighted mean over the scale's whole points (default), or greedy, the "
@@ -67,6 +57,7 @@ class Config:
     report: Annotated[Path | None, "write a Markdown report with plots"] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.ratings is None) == (self.judge is None):
             raise UsageError(
                 "give exactly one of --ratings and --judge",
@@ -81,19 +72,6 @@ class Config:
             Quota.parse(self.top, "--top")
         if self.balance is not None:
             balance_rule(self.balance)
-        for name in ("concurrency", "rpm", "tpm", "timeout", "max_cost", "max_tokens_total"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
-        for name in ("retries", "price_in", "price_out"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {value}")
-        if self.max_cost is not None and (self.price_in is None or self.price_out is None):
-            raise UsageError(
-                "--max-cost needs prices",
-                hint="add --price-in and --price-out, per million tokens; or cap tokens with --max-tokens-total",
-            )
         if self.score is not None and self.judge != "local":
             raise UsageError("--score is for --judge local: an endpoint writes its rating, and that is read")
 

@@ -110,32 +110,15 @@ def _from_endpoint(
     config: Config, settings: Settings, stream: Stream, reader: Reader, prompt: Prompt, filtering: _Filtering
 ) -> dict[str, Any]:
     from pomona.methods.alpagasus_filter import judges
-    from pomona.models.budget import Budget
     from pomona.models.chat import ChatClient
-    from pomona.models.endpoint import Endpoint
 
     assert settings.model is not None
     # Keys are hashes of whole requests, so the journal of any judge serves; nothing else decides its entries.
     stream.open_journal({"judge": "openai"}, keep=True)
-    budget = Budget(
-        max_cost=config.max_cost,
-        max_tokens=config.max_tokens_total,
-        price_in=config.price_in,
-        price_out=config.price_out,
-    )
-    endpoint = Endpoint(
-        base_url=config.base_url,
-        model=settings.model,
-        api_key_env=config.api_key_env,
-        concurrency=config.concurrency,
-        rpm=config.rpm,
-        tpm=config.tpm,
-        timeout=config.timeout,
-        retries=config.retries,
-    )
+    budget = config.budget()
     rated = judges.api_scores(
         (((located, said), said) for located, _, said in _said(stream)),
-        client=ChatClient(endpoint, stream.journal, budget, stream.progress),
+        client=ChatClient(config.endpoint(settings.model), stream.journal, budget, stream.progress),
         prompt=prompt,
         reader=reader,
         max_tokens=judges.reply_tokens(config.explain),
