@@ -266,3 +266,24 @@ def test_a_directory_of_splits_asks_for_one(tmp_path: Path) -> None:
     DatasetDict({"train": Dataset.from_list(RECORDS)}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(UsageError, match="several splits"):
         list(read([str(tmp_path / "saved")]))
+
+
+def test_half_of_a_surrogate_pair_is_no_text_in_any_layout(tmp_path: Path) -> None:
+    whole, half = {"a": "\U0001f350"}, {"a": ["x", {"b": "\ud83c"}]}
+    (tmp_path / "a.json").write_text(json.dumps([whole, half, whole]))
+    (tmp_path / "a.jsonl").write_text(
+        f"{json.dumps(whole)}\n{json.dumps({**half, 'n': 10**20})}\n{json.dumps(whole)}\n"
+    )
+    for name in ("a.json", "a.jsonl"):
+        first, second, third = read([str(tmp_path / name)])
+        assert isinstance(first, Located) and first.record == whole and isinstance(third, Located)
+        assert isinstance(second, Reject) and second.line == 2 and "surrogate" in second.reason
+
+
+def test_what_is_nested_too_deeply_is_bad_data(tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "a.json").write_text(f"[{deep}]")
+    with pytest.raises(DataError, match="element 1: nested too deeply"):
+        list(read([str(tmp_path / "a.json")]))
+    (tmp_path / "a.jsonl").write_text(f'{{"n": {10**20}, "a": {deep}}}\n{{"a": {deep}}}\n')
+    assert [isinstance(item, Reject) for item in read([str(tmp_path / "a.jsonl")])] == [True, True]

@@ -30,6 +30,7 @@ Format = Literal["auto", "jsonl", "json", "csv", "parquet", "dataset"]
 MAX_RECORD_BYTES = 64 * 2**20
 _CHUNK = 2**20
 _BIG_INTEGER = re.compile(rb"\d{19}")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 
@@ -194,10 +195,25 @@ def _jsonl(stream: io.BufferedReader, source: str, limit: int) -> Iterator[Locat
         yield _located(value, source, number)
 
 
+def _encodes(value: Any) -> bool:
+    """Whether the texts in `value` are Unicode; Python's decoder lets halves of pairs pass."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse(line: bytes) -> Any:
     """Strict JSON: no NaN, no lone surrogates; integers of any size keep their value."""
     if _BIG_INTEGER.search(line):  # beyond 64 bits orjson would read a float
-        return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        try:
+            value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if not _encodes(value):
+            raise ValueError("half of a surrogate pair")
+        return value
     return orjson.loads(line)
 
 
@@ -261,9 +277,12 @@ def _json(stream: io.BufferedReader, source: str, limit: int) -> Iterator[Locate
                 if end < len(buffer) or ended:  # a number at the end of the buffer could go on
                     break
                 fill()
-            position = end
+            start, position = position, end
             number += 1
-            yield _located(value, source, number)
+            if _SURROGATE.search(buffer, start, end) and not _encodes(value):
+                yield Reject("not JSON: half of a surrogate pair", source, number)
+            else:
+                yield _located(value, source, number)
             mark = next_mark()
             if mark == "]":
                 break
@@ -274,6 +293,8 @@ def _json(stream: io.BufferedReader, source: str, limit: int) -> Iterator[Locate
             raise DataError(f"{source}: there is text after the end of the array")
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: after element {number}: not UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        raise DataError(f"{source}: element {number + 1}: nested too deeply") from error
 
 
 def _csv(stream: io.BufferedReader, source: str, limit: int) -> Iterator[Located | Reject]:

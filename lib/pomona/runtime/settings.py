@@ -37,5 +37,11 @@ class Settings:
                 raise UsageError(
                     f"--{name.replace('_', '-')} is {value}; it must be {'0' if name == 'limit' else '1'} or more"
                 )
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"--seed is {self.seed}; it must fit into 64 bits")
+        if self.model == "":
+            raise UsageError("--model is empty", hint="leave it out for the embedded model")
+        if any("\ud800" <= c <= "\udfff" for c in self.model or ""):
+            raise UsageError(f"--model {self.model!r} is not valid Unicode")
         if self.overwrite and self.resume:
             raise UsageError("--overwrite and --resume exclude each other")
