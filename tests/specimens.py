@@ -1,4 +1,4 @@
-"""One working invocation per stream command, so that the contract tests can run them all.
+"""One working invocation per command, so that the contract tests can run them all.
 
 A new command needs an entry here; `test_contract` fails until it has one.
 """
@@ -61,4 +61,34 @@ def _alpagasus(folder: Path, model: Path) -> list[str]:
 SPECIMENS = {
     "ifd-score": Specimen(_ifd, heavy=True),
     "alpagasus-filter": Specimen(_alpagasus, heavy=False),
+}
+
+
+@dataclass(frozen=True)
+class DirectorySpecimen:
+    """Arguments that make a command do its ordinary work; the first is its input."""
+
+    quick: Callable[[Path], list[str]]
+    slow: Callable[[Path, Path], list[str]]  # long enough to be interrupted
+
+
+def _exam(folder: Path) -> list[str]:
+    return [_questions(folder, 60), "--model", "mock:oracle", "--strategy", "fs"]
+
+
+def _long_exam(folder: Path, model: Path) -> list[str]:
+    options = ["--strategy", "cot", "--max-tokens", "60", "--thought-tokens", "40", "--dtype", "float32"]
+    return [_questions(folder, 120), "--model", str(model), *options, "--judge", "match", "--batch-size", "4"]
+
+
+def _questions(folder: Path, count: int) -> str:
+    path = folder / "questions.jsonl"
+    path.write_bytes((Path(__file__).parent.parent / "data/nlpbench/questions.jsonl").read_bytes())
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:count]))
+    return path.name
+
+
+DIRECTORIES = {
+    "nlpbench-eval": DirectorySpecimen(_exam, _long_exam),
 }

@@ -51,10 +51,11 @@ def hints(owner: type[Any]) -> dict[str, tuple[Any, str]]:
 
 
 def parameters(owner: type[Any], panel: str) -> list[inspect.Parameter]:
-    """Typer parameters for the fields of `owner`, shown under `panel` in the help."""
+    """Typer parameters for the fields of `owner`, shown under `panel`: its own first, then inherited ones."""
     made = []
     described = hints(owner)
-    for field in dataclasses.fields(owner):
+    own = inspect.get_annotations(owner)
+    for field in sorted(dataclasses.fields(owner), key=lambda field: field.name not in own):
         kind, text = described[field.name]
         flag = f"--{field.name.replace('_', '-')}"
         names = [flag, _SHORT[field.name]] if field.name in _SHORT else [flag]

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomona.report.curation import CurationReport, escape
+from pomona.report.curation import CurationReport
+from pomona.report.text import escape
 
 
 def _record(instruction: str = "Ask", output: str = "Answer", **objects: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pomona import __version__
 from pomona.io.atomic import atomic_file
 
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
+_DIRECTORY_FIELDS = {"pomona", "command", "settings", "inputs", "files", "results"}
 _LIBRARIES = ("accelerate", "datasets", "numpy", "openai", "orjson", "pyarrow", "scikit-learn", "torch", "transformers")
 
 
@@ -75,29 +76,74 @@ def write_manifest(
 ) -> None:
     """Write the manifest of `output`, which must already be in place."""
     entry = {
+        **_described(command, settings, inputs),
+        "output": {"name": output.name, **file_digest(output)},
+        "results": plain(results),
+        "volatile": _volatile(started),
+    }
+    with atomic_file(manifest_path(output)) as file:
+        file.write(_encoded(entry))
+
+
+def directory_manifest(
+    folder: Path,
+    *,
+    command: str,
+    settings: Mapping[str, Any],
+    inputs: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Any],
+    started: float,
+) -> bytes:
+    """The manifest of a directory whose files are all in `folder`, which is not yet under its own name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _encoded(
+        {
+            **_described(command, settings, inputs),
+            "files": {path.relative_to(folder).as_posix(): file_digest(path) for path in files},
+            "results": plain(results),
+            "volatile": _volatile(started),
+        }
+    )
+
+
+def _described(command: str, settings: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
         "pomona": __version__,
         "command": command,
         "state": "complete",
         "settings": plain(settings),
         "inputs": list(inputs),
-        "output": {"name": output.name, **file_digest(output)},
-        "results": plain(results),
-        "volatile": {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(time.time() - started, 3),
-            "machine": f"{platform.system()} {platform.machine()}",
-            "versions": versions(),
-            "executable": Path(sys.argv[0]).name,
-        },
     }
-    with atomic_file(manifest_path(output)) as file:
-        file.write(json.dumps(entry, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+
+
+def _volatile(started: float) -> dict[str, Any]:
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 3),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": versions(),
+        "executable": Path(sys.argv[0]).name,
+    }
+
+
+def _encoded(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
 
 
 def read_manifest(output: Path) -> dict[str, Any] | None:
-    """The manifest of `output`, or None when there is none that can be read."""
+    """The manifest of the file `output`, or None when there is none that can be read."""
+    return _read(manifest_path(output))
+
+
+def read_directory_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest inside `folder`, or None when there is none of ours that can be read."""
+    entry = _read(folder / "manifest.json")
+    return entry if entry is not None and entry.keys() >= _DIRECTORY_FIELDS else None  # others have files of that name
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        entry = json.loads(manifest_path(output).read_bytes())
-    except (OSError, ValueError):
+        entry = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

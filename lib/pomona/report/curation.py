@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from pomona.io.atomic import atomic_file
 from pomona.io.conversation import BadRecord, Fields, turns
+from pomona.report.text import escape, one_line
 
 _SHOWN = 5
 _CELL = 90  # characters of a text that a report shows
@@ -52,7 +52,7 @@ class CurationReport:
             threshold: the rating from which records were kept, where there was one.
             scale: lowest and highest rating.
         """
-        self.title = _plain(title, _CELL)
+        self.title = one_line(title, _CELL)
         self.threshold = threshold
         self.scale = scale
         self.kept = 0
@@ -78,7 +78,7 @@ class CurationReport:
         rating = _number(record.get("alpagasus"), "score")
         ifd = _number(record.get("ifd"), "ifd")
         if self.dimension is None and isinstance(record.get("alpagasus"), Mapping):
-            self.dimension = _plain(str(record["alpagasus"].get("dimension") or ""), 40) or None
+            self.dimension = one_line(str(record["alpagasus"].get("dimension") or ""), 40) or None
         self._ratings.append(math.nan if rating is None else rating)
         self._ifd.append(math.nan if ifd is None else ifd)
         self._flags.append(kept)
@@ -99,7 +99,7 @@ class CurationReport:
         except BadRecord:
             return Example(ifd, rating, kept, "", "")
         asked = f"{last.instruction} {last.input}" if last.input else last.instruction
-        return Example(ifd, rating, kept, _plain(asked, _CELL), _plain(last.output, _CELL))
+        return Example(ifd, rating, kept, one_line(asked, _CELL), one_line(last.output, _CELL))
 
     def hardest(self) -> list[Example]:
         """The records of highest IFD up to 1, highest first."""
@@ -140,7 +140,7 @@ class CurationReport:
         for name, count in (("in", self.total), ("**kept**", self.kept)):
             yield f"| {name} | {count:,} | {self._share(count)} |"
         for reason, count in self._reasons():
-            yield f"| dropped: {escape(_plain(reason, _CELL))} | {count:,} | {self._share(count)} |"
+            yield f"| dropped: {escape(one_line(reason, _CELL))} | {count:,} | {self._share(count)} |"
         yield ""
         for name, described in plots:
             yield f"![{described}]({_link(name)})\n"
@@ -163,7 +163,7 @@ class CurationReport:
         """The same, short, as plain lines of at most `width` columns."""
         lines = [f"{self.total:,} in, {self.kept:,} kept ({self._share(self.kept)})"]
         reasons = [("kept", self.kept), *self._reasons()]
-        lines += _bars([(_plain(name, 28), count) for name, count in reasons], width)
+        lines += _bars([(one_line(name, 28), count) for name, count in reasons], width)
         for heading, values, edges in (
             (f"ratings{f' ({self.dimension})' if self.dimension else ''}", self._ratings, self._rating_steps()),
             ("IFD", self._ifd, [i / 5 for i in range(7)]),
@@ -183,7 +183,7 @@ class CurationReport:
                 for e in examples:
                     rating = "   -" if e.rating is None else f"{e.rating:4.1f}"
                     fate = "kept" if e.kept else "    "
-                    lines.append(f"  {e.ifd:7.3f} {rating} {fate} {_plain(e.instruction, room)}")
+                    lines.append(f"  {e.ifd:7.3f} {rating} {fate} {one_line(e.instruction, room)}")
         return lines
 
     def _rating_steps(self) -> list[float]:
@@ -214,25 +214,6 @@ def _number(value: Any, key: str) -> float | None:
         return float(number) if math.isfinite(number) else None
     except OverflowError:
         return None
-
-
-def _plain(text: str, room: int) -> str:
-    """`text` on one line of at most `room` characters, without what could steer a terminal or reorder a line."""
-    shown = text[: 8 * room]
-    shown = "".join(" " if c.isspace() else c if _harmless(c) else "\ufffd" for c in shown)
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= room and len(text) <= 8 * room else shown[: room - 1].rstrip() + "…"
-
-
-def _harmless(character: str) -> bool:
-    # Cc: control (escape sequences), Cf: format (bidirectional overrides, zero width), Cs: lone surrogates
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn")
-
-
-def escape(text: str) -> str:
-    """`text` so that Markdown shows it as it is: no markup, no link, no HTML, no end of a table cell."""
-    escaped = "".join(f"&#{ord(c)};" if c in "&<>|`@$\\*_[]()#!~{}" else c for c in text)
-    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
 def _link(name: str) -> str:
