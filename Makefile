@@ -46,6 +46,8 @@ check: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python tests/bench/ifd_score.py
+	$(BIN)/python tests/bench/nlpbench_eval.py
+	$(BIN)/python tests/bench/nlpbench_faults.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
