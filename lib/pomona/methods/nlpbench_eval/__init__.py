@@ -52,4 +52,11 @@ Deviations from the released code, and why
   has none. (15) With a context its tree of thought is chain of thought; here it is a tree.
 
 `--profile released` has (2), (3), (6), (7) and (9) back, for comparison; `--compat` adds (1) and (4).
+
+What we found
+
+* Temperature 0 repeats itself to the byte with a local model, and with llama.cpp's server one request at a time. With
+  two at a time its replies change from run to run, as they share batches: `--concurrency 1` where that matters.
+* The embedded 135M model answers 7 to 10 % of our 84 questions under zero-shot, few-shot, chain of thought and
+  self-consistency, and no two of the four can be told apart; hardly a reply keeps to the form (strict: 0 to 2 %).
 """
