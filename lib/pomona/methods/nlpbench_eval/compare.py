@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pomona.errors import DataError, MissingError
 from pomona.io.directory import read_results
 from pomona.methods.nlpbench_eval.arms import Arm, Comparison
-from pomona.methods.nlpbench_eval.scoring import counted
+from pomona.methods.nlpbench_eval.scoring import cluster, counted
 from pomona.methods.nlpbench_eval.statistics import holm, mcnemar, paired_bootstrap
 
 LEVEL = 0.05
@@ -63,44 +65,43 @@ def _names(folders: Sequence[str]) -> list[str]:
 
 def compare(arms: Sequence[Arm], parser: str, *, seed: int) -> list[Comparison]:
     """Every pair of `arms` on the questions that both answered."""
-    pairs = []
-    for first, second in itertools.combinations(arms, 2):
-        theirs = {a["id"]: a for a in second.answers}
-        both = [(a, theirs[a["id"]]) for a in first.answers]
-        known = [
-            (x, y, a)
-            for a, b in both
-            if (x := counted(a, parser, "answered")) is not None and (y := counted(b, parser, "answered")) is not None
-        ]
-        left, right = [x for x, _, _ in known], [y for _, y, _ in known]
-        clusters = [f"g {a['group']}" if a["group"] is not None else f"q {a['id']}" for _, _, a in known]
-        only_first = sum(x > y for x, y in zip(left, right, strict=True))
-        only_second = sum(y > x for x, y in zip(left, right, strict=True))
-        exact, mid = mcnemar(only_first, only_second)
-        difference, low, high = paired_bootstrap(right, left, clusters, seed=seed) if known else (0.0, 0.0, 0.0)
-        pairs.append((first, second, left, right, only_first, only_second, difference, low, high, exact, mid))
-    corrected = holm([pair[-2] for pair in pairs])
+    pairs = [_pair(first, second, parser, seed) for first, second in itertools.combinations(arms, 2)]
+    corrected = holm([pair.p_exact for pair in pairs])
     return [
-        Comparison(
-            first=first.name,
-            second=second.name,
-            n=len(left),
-            both=sum(x and y for x, y in zip(left, right, strict=True)),
-            only_first=only_first,
-            only_second=only_second,
-            neither=sum(not x and not y for x, y in zip(left, right, strict=True)),
-            difference=difference,
-            low=low,
-            high=high,
-            p_exact=exact,
-            p_mid=mid,
-            p_holm=p,
-            verdict=_verdict(first.name, second.name, difference, p),
-        )
-        for (first, second, left, right, only_first, only_second, difference, low, high, exact, mid), p in zip(
-            pairs, corrected, strict=True
-        )
+        replace(pair, p_holm=p, verdict=_verdict(pair.first, pair.second, pair.difference, p))
+        for pair, p in zip(pairs, corrected, strict=True)
     ]
+
+
+def _pair(first: Arm, second: Arm, parser: str, seed: int) -> Comparison:
+    """Two arms by themselves, not yet corrected for the others."""
+    theirs = {a["id"]: a for a in second.answers}
+    left, right, clusters = [], [], []
+    for answer in first.answers:
+        x, y = counted(answer, parser, "answered"), counted(theirs[answer["id"]], parser, "answered")
+        if x is not None and y is not None:
+            left.append(x)
+            right.append(y)
+            clusters.append(cluster(answer))
+    outcomes = Counter(zip(left, right, strict=True))
+    exact, mid = mcnemar(outcomes[1, 0], outcomes[0, 1])
+    difference, low, high = paired_bootstrap(right, left, clusters, seed=seed) if left else (0.0, 0.0, 0.0)
+    return Comparison(
+        first=first.name,
+        second=second.name,
+        n=len(left),
+        both=outcomes[1, 1],
+        only_first=outcomes[1, 0],
+        only_second=outcomes[0, 1],
+        neither=outcomes[0, 0],
+        difference=difference,
+        low=low,
+        high=high,
+        p_exact=exact,
+        p_mid=mid,
+        p_holm=exact,
+        verdict="",
+    )
 
 
 def _verdict(first: str, second: str, difference: float, p: float) -> str:

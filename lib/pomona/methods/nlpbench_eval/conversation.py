@@ -109,10 +109,10 @@ class Method:
     released: bool = False
     quirks: frozenset[str] = frozenset()
 
-    def request(self, messages: Messages, *, inner: bool = False, tokens: int | None = None) -> Request:
+    def request(self, messages: Messages, *, inner: bool = False) -> Request:
         """A request for `messages`; `inner` for thoughts and votes."""
         temperature = self.inner_temperature if inner else self.temperature
-        limit = tokens or (self.thought_tokens if inner else self.max_tokens)
+        limit = self.thought_tokens if inner else self.max_tokens
         return Request(messages, limit, temperature, seed=self.seed if temperature > 0 else None)
 
 

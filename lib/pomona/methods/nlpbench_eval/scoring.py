@@ -216,7 +216,7 @@ def tables(answers: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
                             for a, at in zip(answers, labels, strict=True)
                         ]
                     )
-    clusters = [f"g {a['group']}" if a["group"] is not None else f"q {a['id']}" for a in answers]
+    clusters = [cluster(a) for a in answers]
     found: dict[str, Any] = {table: {} for table in kinds}
     for (table, label, parser, over), column in zip(places, columns, strict=True):
         counts = [(value, cluster) for value, cluster in zip(column, clusters, strict=True) if value is not None]
@@ -233,6 +233,11 @@ def _cell(values: Sequence[int], clusters: Sequence[str], seed: int) -> dict[str
     if len(set(clusters)) < len(clusters) and len(set(values)) > 1:  # of values all alike every resample is alike too
         grouped = cluster_bootstrap(values, clusters, seed=seed)
     return {**Cell(sum(values), len(values)).as_dict(), "cluster_low": grouped[0], "cluster_high": grouped[1]}
+
+
+def cluster(answer: Mapping[str, Any]) -> str:
+    """What an answer stands or falls with: its group, or the question alone."""
+    return f"g {answer['group']}" if answer["group"] is not None else f"q {answer['id']}"
 
 
 def counted(answer: Mapping[str, Any], parser: str, over: str) -> int | None:
