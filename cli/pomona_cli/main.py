@@ -42,9 +42,16 @@ class Interrupted(BaseException):
 
 _received: list[int] = []
 _CLEANING_UP_S = 5.0
+_LATER_S = 0.05
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):  # an exception that lands in its C++ aborts the process: come back later
+        again = threading.Timer(_LATER_S, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     signal.signal(number, signal.SIG_DFL)  # a second one skips the cleaning up
     _received.append(number)
     # The exception can be swallowed where it lands (an import, a destructor, a callback). The signal must not be.
@@ -175,4 +182,20 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    build_app()(prog_name="pomona")
+    try:
+        build_app()(prog_name="pomona")
+    except SystemExit as end:
+        _end_in_a_launch(end)
+        raise
+
+
+def _end_in_a_launch(end: SystemExit) -> None:
+    """One of several processes ends without unloading: threads that torch leaves behind can abort it in that."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized() or not isinstance(end.code, int | None):
+        return
+    distributed.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(end.code or 0)

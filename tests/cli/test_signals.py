@@ -8,6 +8,7 @@ import pty
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,6 +42,24 @@ def test_a_signal_is_what_the_process_dies_by(name: str, number: int, tmp_path: 
     assert b"Traceback" not in process.stderr.read()
     left = {path.name for path in tmp_path.iterdir()} - {"ratings.jsonl"}
     assert left <= {"out.jsonl.journal"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_while_torch_is_loaded_whose_code_an_exception_would_abort(number: int, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(
+        "import os, signal, sys, time\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(0.5)\n"
+        "except BaseException:\n"
+        "    os.abort()\n"
+    )
+    script = "from pomona_cli import main as m\nm.build_app = lambda: lambda **_: load()\n"
+    script += "def load():\n    with m.seam('x'):\n        import torch, time\n        time.sleep(60)\nm.main()\n"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr) == (-number, b"")
 
 
 @pytest.mark.parametrize("swallowed", ["pass", "raise ValueError"])
