@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from pomona.io.directory import RunDirectory
 from pomona_cli.method import MethodCommand
@@ -15,7 +15,7 @@ from pomona_cli.output import Console, write_json
 class DirectoryCommand(MethodCommand):
     """A command whose method is ``run.run(config, settings, work)``, which returns its summary and exit code."""
 
-    inputs_help: ClassVar[str] = "Files or run directories, as the options say; - or nothing is standard input."
+    inputs_help: str = "Files or run directories, as the options say; - or nothing is standard input."
 
     def work(
         self, method: Any, inputs: tuple[str, ...], options: Mapping[str, Any], stdout: Any, console: Console

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import typer
 
@@ -32,8 +32,7 @@ class MethodCommand:
     config: type[Any]
     help: str
     examples: tuple[str, ...]
-
-    inputs_help: ClassVar[str]
+    inputs_help: str
 
     @property
     def stem(self) -> str:
@@ -71,7 +70,7 @@ class MethodCommand:
                 write_json(stdout, {k: v for part in options.values() for k, v in plain(part).items()})
                 return
             method = importlib.import_module(f"pomona.methods.{self.stem}.run")
-            if int(os.environ.get("RANK", "0")) > 0:
+            if os.environ.get("RANK", "0").strip() not in ("", "0"):
                 method.serve(options["Method"], options["Run"])
                 return
             console = Console(f"pomona {self.name}", face)

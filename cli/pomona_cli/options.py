@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import tomllib
 import types
 import typing
@@ -51,7 +52,11 @@ def hints(owner: type[Any]) -> dict[str, tuple[Any, str]]:
 
 
 def parameters(owner: type[Any], panel: str) -> list[inspect.Parameter]:
-    """Typer parameters for the fields of `owner`, shown under `panel`: its own first, then inherited ones."""
+    """Typer parameters for the fields of `owner`, shown under `panel`: its own first, then inherited ones.
+
+    Those inherited from a class that names a `panel` of its own are shown under that.
+    """
+    panels = {name: vars(base).get("panel", panel) for base in owner.__mro__ for name in inspect.get_annotations(base)}
     made = []
     described = hints(owner)
     own = inspect.get_annotations(owner)
@@ -61,9 +66,11 @@ def parameters(owner: type[Any], panel: str) -> list[inspect.Parameter]:
         names = [flag, _SHORT[field.name]] if field.name in _SHORT else [flag]
         if kind is bool and field.default is True:
             names = [f"{flag}/--no-{field.name.replace('_', '-')}"]
-        if field.default is not None and field.default is not False:
-            text += f" [default: {field.default}]"
-        option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
+        if field.default not in (None, False, ()):
+            text += f" (default: {field.default})"  # in brackets a terminal would take it for markup
+        option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panels[field.name])
+        if get_origin(kind) is tuple:  # an option that may be given again
+            kind = list[get_args(kind)[0]]  # type: ignore[misc]
         optional = kind if _is_optional(kind) else kind | None
         made.append(
             inspect.Parameter(
@@ -95,7 +102,7 @@ def build(owner: type[T], given: Mapping[str, Any], file: Mapping[str, Any]) -> 
     values: dict[str, Any] = {}
     for name, (kind, _) in hints(owner).items():
         if given.get(name) is not None:
-            values[name] = given[name]
+            values[name] = tuple(given[name]) if get_origin(kind) is tuple else given[name]
         elif name in file:
             values[name] = _coerced(file[name], kind, name)
     return owner(**values)
@@ -114,9 +121,11 @@ def read_config(path: Path | None, known: list[str]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MissingError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     try:
         found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UsageError(f"{path}: not {kind}: {error}") from error
     if not isinstance(found, dict):
@@ -145,10 +154,13 @@ def _coerced(value: Any, kind: Any, name: str) -> Any:
         if value in get_args(kind):
             return value
         raise UsageError(f'option "{name}" is {value!r}; it must be one of {", ".join(map(str, get_args(kind)))}')
+    if get_origin(kind) is tuple:
+        each = value if isinstance(value, list) else [value]
+        return tuple(_coerced(item, get_args(kind)[0], name) for item in each)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1000 else math.inf if value > 0 else -math.inf
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise UsageError(f'option "{name}" is {value!r}; it must be {kind.__name__}')

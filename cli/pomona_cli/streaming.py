@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from pomona.io.manifest import plain
 from pomona.io.stream import Stream, StreamOptions
@@ -13,7 +13,7 @@ from pomona_cli.method import FINISHED, INCOMPLETE, MethodCommand
 from pomona_cli.output import Console, summary_line, write_json
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamCommand(MethodCommand):
     """A command whose method is ``run.run(config, settings, stream)``.
 
@@ -23,7 +23,7 @@ class StreamCommand(MethodCommand):
 
     own_key: str
 
-    inputs_help: ClassVar[str] = "Files, saved dataset directories or hf:NAME[:SPLIT]; - or nothing is standard input."
+    inputs_help: str = "Files, saved dataset directories or hf:NAME[:SPLIT]; - or nothing is standard input."
 
     @property
     def owners(self) -> dict[str, type[Any]]:

@@ -58,8 +58,8 @@ def test_every_field_is_an_option_with_its_help_and_its_default(cli: DirectoryCo
     for owner in (cli.config, Settings, Face):
         for field in dataclasses.fields(owner):
             assert f"--{field.name.replace('_', '-')}" in text, field.name
-            if field.default not in (None, False) and field.default is not True:
-                assert f"[default: {field.default}]" in text, field.name
+            if field.default not in (None, False, ()) and field.default is not True:
+                assert f"(default: {field.default})" in text, field.name
     assert "pomona " + cli.name in text, "the help has an example"
 
 
