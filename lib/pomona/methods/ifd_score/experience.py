@@ -163,7 +163,7 @@ def clusters(embeddings: np.ndarray, count: int) -> np.ndarray:
     """k-means labels of `embeddings` [n, hidden] as the reference makes them, with at most n clusters."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     # n_init was 10 when the paper was written and is 1 since scikit-learn 1.4. One thread: the order in which several
     # add up their shares is not fixed.
