@@ -5,36 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pomona.io.atomic import atomic_file
+from pomona.report.canvas import STYLE, canvas, save_png
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # From the Okabe-Ito palette, which keeps its differences under every common colour blindness.
-KEPT, DROPPED, MARK, INK = "#0072B2", "#C9CDD2", "#D55E00", "#333333"
-_STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#888888",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 12.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 14,
-    "axes.axisbelow": True,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": "#E4E6E9",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "figure.dpi": 144,
-    "savefig.dpi": 144,
-    "text.parse_math": False,  # labels may hold text of users
-}
+KEPT, DROPPED, MARK = "#0072B2", "#C9CDD2", "#D55E00"
 
 
 def ratings_plot(
@@ -101,8 +78,9 @@ def _stacked(
     below, _ = np.histogram(values[~kept], edges)
     above, _ = np.histogram(values[kept], edges)
     centres, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) * (1 - gap)
-    with rc_context(_STYLE):
-        figure, axes = _canvas(7.5, 3.6)
+    with rc_context(STYLE):
+        figure = canvas(7.5, 3.6)
+        axes = figure.add_subplot()
         edge = {"edgecolor": "white", "linewidth": 0.4}
         axes.bar(centres, below, widths, color=DROPPED, label=f"dropped  {int((~kept).sum()):,}", **edge)
         axes.bar(centres, above, widths, bottom=below, color=KEPT, label=f"kept  {int(kept.sum()):,}", **edge)
@@ -128,19 +106,4 @@ def _stacked(
         axes.legend(
             [named[name] for name in order], order, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.4
         )
-        _save(figure, path)
-
-
-def _canvas(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})
+        save_png(figure, path)

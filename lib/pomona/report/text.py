@@ -32,7 +32,8 @@ def _harmless(character: str) -> bool:
 
 def escape(text: str) -> str:
     """`text` so that Markdown shows it as it is: no markup, no link, no HTML, no end of a table cell."""
-    escaped = "".join(f"&#{ord(c)};" if c in "&<>|`@$\\*_[]()#!~{}" else c for c in text)
+    # without brackets, parentheses and exclamation marks mean nothing
+    escaped = "".join(f"&#{ord(c)};" if c in "&<>|`@$\\*_[]#~{}" else c for c in text)
     return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
