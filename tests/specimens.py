@@ -66,10 +66,11 @@ SPECIMENS = {
 
 @dataclass(frozen=True)
 class DirectorySpecimen:
-    """Arguments that make a command do its ordinary work; the first is its input."""
+    """Arguments that make a command do its ordinary work; the first `inputs` of them are no options."""
 
     quick: Callable[[Path], list[str]]
     slow: Callable[[Path, Path], list[str]]  # long enough to be interrupted
+    inputs: int = 1
 
 
 def _exam(folder: Path) -> list[str]:
@@ -89,6 +90,15 @@ def _questions(folder: Path, count: int) -> str:
     return path.name
 
 
+def _separation(folder: Path) -> list[str]:
+    return ["--study", "separation", "--kernels", "exp,linear,pow:8", "--sweep", "m=1,4", "--trials", "50"]
+
+
+def _long_separation(folder: Path, model: Path) -> list[str]:
+    return ["--study", "separation", "--sweep", "m=20,21", "--trials", "20000", "--jobs", "2"]
+
+
 DIRECTORIES = {
     "nlpbench-eval": DirectorySpecimen(_exam, _long_exam),
+    "attn-compare": DirectorySpecimen(_separation, _long_separation, inputs=0),
 }

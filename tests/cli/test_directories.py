@@ -138,7 +138,7 @@ def test_a_dumped_configuration_gives_the_same_run(name: str, run, pomona, tmp_p
     dumped = run(name, "--dump-config")
     assert dumped.returncode == 0, dumped.stderr
     (tmp_path / "c.json").write_bytes(dumped.stdout)
-    inputs = DIRECTORIES[name].quick(tmp_path)[:1]
+    inputs = DIRECTORIES[name].quick(tmp_path)[: DIRECTORIES[name].inputs]
     assert pomona(name, *inputs, "--config", "c.json").returncode == 0
     once = contents(tmp_path / "out")
     assert run(name, "--overwrite").returncode == 0
@@ -153,6 +153,21 @@ def test_a_dumped_configuration_gives_the_same_run(name: str, run, pomona, tmp_p
 def test_a_wrong_configuration_is_a_usage_error(name: str, run, tmp_path: Path, content: str, message: bytes) -> None:
     (tmp_path / "c.toml").write_text(content)
     done = run(name, "--config", "c.toml")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", b"not UTF-8"),
+        (b"[" * 100_000, b"not JSON"),
+        (b'{"study": "separation", "a0": 1' + b"0" * 400 + b"}", b"--a0 is inf"),
+    ],
+    ids=["binary", "nested", "huge"],
+)
+def test_a_hostile_configuration_is_a_usage_error(pomona, tmp_path: Path, content: bytes, message: bytes) -> None:
+    (tmp_path / "c.json").write_bytes(content)
+    done = pomona("attn-compare", "--config", "c.json")
     assert done.returncode == 2 and message in done.stderr, done.stderr
 
 

@@ -116,6 +116,19 @@ class RunDirectory:
         if len(self.journal):
             self.progress.note(f"{len(self.journal)} finished pieces of work found")
 
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder beside the directory for what goes when the block ends; a killed run's is swept by the next."""
+        assert self.path is not None
+        folder = self.path.with_name(f".{self.path.name}.scratch")
+        shutil.rmtree(folder, ignore_errors=True)
+        with writing(folder):
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def finished_before(self, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         """With --resume: the results of a finished run with the same settings on the same `sources`, if it is here."""
         if self.path is None or not self.settings.resume or (self.journal_path.exists() and not self.private):

@@ -101,7 +101,7 @@ def load_causal_lm(
         )
     identity = {
         "model": place.shown,
-        "revision": place.revision(model),
+        "revision": place.revision(model.config),
         "dtype": str(runtime.dtype).removeprefix("torch."),
     }
     if adapter is not None:
@@ -121,6 +121,27 @@ def load_tokenizer(name: str | None, *, gguf_file: str | None = None, revision: 
         return _tokenizer(place)
 
 
+def load_config(name: str | None, *, gguf_file: str | None = None, revision: str | None = None) -> Any:
+    """The configuration of the model called `name`, without its weights.
+
+    Raises:
+        MissingError: the model is not there, or is incomplete.
+        UnavailableError: the embedded model is not installed.
+    """
+    return _config(_place(name, gguf_file, revision))
+
+
+def identity(name: str | None, *, gguf_file: str | None = None, revision: str | None = None) -> dict[str, str]:
+    """What names the model called `name` exactly, as `Scorer.identity` does, but for the number format.
+
+    Raises:
+        MissingError: the model is not there, or is incomplete.
+        UnavailableError: the embedded model is not installed.
+    """
+    place = _place(name, gguf_file, revision)
+    return {"model": place.shown, "revision": place.revision(None if place.local else _config(place))}
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a model is, and what transformers must be told to load it from there."""
@@ -130,10 +151,10 @@ class _Place:
     options: dict[str, Any]
     local: Path | None
 
-    def revision(self, model: Any) -> str:
+    def revision(self, config: Any) -> str:
         if self.local is not None:
             return _directory_digest(self.local)
-        return str(getattr(model.config, "_commit_hash", None) or self.options.get("revision") or "unknown")
+        return str(getattr(config, "_commit_hash", None) or self.options.get("revision") or "unknown")
 
 
 def _place(name: str | None, gguf_file: str | None, revision: str | None) -> _Place:
@@ -197,6 +218,13 @@ class _explained:
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             hint = None if self._place.local else "a hub id needs a network or a local copy; a directory works offline"
             raise MissingError(f"model {self._place.shown}: cannot be loaded: {lines[0]}", hint=hint) from error
+
+
+def _config(place: _Place) -> Any:
+    from transformers import AutoConfig
+
+    with _explained(place):
+        return AutoConfig.from_pretrained(place.where, trust_remote_code=False, **place.options)
 
 
 def _tokenizer(place: _Place) -> Any:

@@ -1,0 +1,1 @@
+"""From which length does linear attention pay? Time, memory and arithmetic against softmax, and where they cross."""
