@@ -48,6 +48,7 @@ bench: .venv/dev
 	$(BIN)/python tests/bench/ifd_score.py
 	$(BIN)/python tests/bench/nlpbench_eval.py
 	$(BIN)/python tests/bench/nlpbench_faults.py
+	$(BIN)/python tests/bench/attn_compare.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
