@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pomona.report.canvas import drawable, text_width
+from pomona.report.colour import MIDDLE, luminance
 from pomona.report.frame import SMALL, array, figure_of, put_title, say_empty
 from pomona.report.ticks import brief, ends, numbers, ticks
 
@@ -117,7 +118,7 @@ def _draw_map(
     if annotated:
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
-                ink = "white" if _lightness(colours(scale(value))) < 0.179 else "black"
+                ink = "white" if luminance(colours(scale(value))) < MIDDLE else "black"
                 said = brief(float(value))
                 size = min(SMALL - 0.5, (SMALL - 0.5) * (box[0] / wide - 0.05) / text_width(figure, said, SMALL))
                 axes.text(column + 0.5, row + 0.5, said, ha="center", va="center", fontsize=size, color=ink)
@@ -128,9 +129,3 @@ def _steps() -> Iterator[int]:
     while True:
         yield from (power, 2 * power, 5 * power)
         power *= 10
-
-
-def _lightness(colour: Sequence[float]) -> float:
-    """Relative luminance, as WCAG defines it."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

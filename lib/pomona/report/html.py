@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from pomona.report.colour import MIDDLE, luminance
 from pomona.report.text import lines
 
 _VOID = frozenset({"br", "hr", "input", "meta"})
@@ -180,7 +181,5 @@ def _at(share: float) -> str:
 def shade(share: float) -> str:
     """The style of a heat map's cell: white at 0 to blue at 1, with whichever of black and white reads better."""
     channels = [255 + (full - 255) * share for full in (0x00, 0x72, 0xB2)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in channels)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    ink = "#000" if luminance > 0.179 else "#fff"  # where their WCAG contrasts are equal
+    ink = "#000" if luminance([c / 255 for c in channels]) > MIDDLE else "#fff"
     return f"background:#{''.join(f'{round(c):02x}' for c in channels)};color:{ink}"

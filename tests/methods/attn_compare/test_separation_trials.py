@@ -14,7 +14,8 @@ from pomona.methods.attn_compare.separation import signs as packed
 from pomona.methods.attn_compare.separation.constants import Constants
 from pomona.methods.attn_compare.separation.construction import outputs
 from pomona.methods.attn_compare.separation.signs import Signs, drawn
-from pomona.methods.attn_compare.separation.trials import Trials, auc, best_cut, simulate, wilson
+from pomona.methods.attn_compare.separation.trials import Trials, auc, best_cut, simulate
+from pomona.report.intervals import wilson
 
 BASE = Constants(n=100, d=12, m=7, a0=0.05, a1=1.0, c=0.5)
 

@@ -73,7 +73,7 @@ def full(queries: Features, keys: Features, v: Tensor, *, subtractive: bool = Fa
     """Attention of every query (..., n, r) to every key (..., m, r), in 2re (n + m) FLOPs."""
     if subtractive:
         return State.of(keys, v, subtractive=True).read(queries)
-    of_keys, _ = _at_one_scale(keys, _summed(v))
+    of_keys, _ = at_one_scale(keys, _summed(v))
     of_queries = queries.values.to(of_keys.dtype)
     totals = of_queries @ of_keys.sum(-2)[..., None]
     # Queries are divided, not outputs, and by a product: the last to touch memory is then the matrix product.
@@ -100,9 +100,9 @@ class State:
     @classmethod
     def of(cls, keys: Features, v: Tensor, *, subtractive: bool = False) -> State:
         """The state after keys (..., m, r) and values (..., m, d)."""
-        of_keys, peak = _at_one_scale(keys, _summed(v))
+        of_keys, peak = at_one_scale(keys, _summed(v))
         v = v.to(of_keys.dtype)
-        return cls(of_keys.mT @ _with_ones(v), peak, v.sum(-2, keepdim=True) if subtractive else None, v.shape[-2])
+        return cls(of_keys.mT @ with_ones(v), peak, v.sum(-2, keepdim=True) if subtractive else None, v.shape[-2])
 
     def after(self, keys: Features, v: Tensor) -> State:
         """The state after more keys (..., m, r) with their values (..., m, d)."""
@@ -114,7 +114,7 @@ class State:
         v, count = v.to(sums.dtype), v.shape[-2]
         values = None if self.values is None else self.values + v.sum(-2, keepdim=True)
         one = count == 1  # an outer product: no need to find a matrix product's way
-        extended = _with_ones(v)
+        extended = with_ones(v)
         sums = torch.addcmul(sums, of_keys.mT, extended) if one else sums + of_keys.mT @ extended
         return State(sums, peak, values, self.count + count)
 
@@ -332,7 +332,7 @@ def _relevant(queries: Features, keys: Features, subtractive: bool) -> Tensor | 
     return keys.exponents
 
 
-def _at_one_scale(keys: Features, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def at_one_scale(keys: Features, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """phi(k) / 2**peak, and the peak (..., 1, 1), the largest exponent; None stands for zero."""
     values = keys.values.to(dtype)
     if keys.exponents is None:
@@ -346,5 +346,6 @@ def _summed(v: Tensor) -> torch.dtype:
     return torch.promote_types(v.dtype, torch.float32)
 
 
-def _with_ones(v: Tensor) -> Tensor:
+def with_ones(v: Tensor) -> Tensor:
+    """v (..., n, d) with the column of ones that gives the normaliser."""
     return torch.cat((v, torch.ones_like(v[..., :1])), -1)

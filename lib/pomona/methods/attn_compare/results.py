@@ -136,18 +136,21 @@ def read_rows(data: bytes) -> list[Row]:
             row = parse(line)
         except ValueError as error:
             raise DataError(f"line {number}: not JSON: {str(error).splitlines()[0]}") from error
-        try:
-            fault = _fault(row)
-        except RecursionError:
-            fault = "nested too deeply"
-        if fault:
-            raise DataError(f"line {number}: {fault}")
+        if wrong := fault(row):
+            raise DataError(f"line {number}: {wrong}")
         rows.append(row)
     return rows
 
 
+def fault(row: Any) -> str | None:
+    """Why `row` is no row, if it is none."""
+    try:
+        return _fault(row)
+    except RecursionError:
+        return "nested too deeply"
+
+
 def _fault(row: Any) -> str | None:
-    """What is wrong with `row`, if anything."""
     if not isinstance(row, dict):
         return "not an object"
     for name in ("study", "kernel", "point", "status"):
@@ -199,8 +202,8 @@ def merge(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Row]:
     Raises:
         DataError: runs are at odds; the message names both, and what they differ on.
     """
-    found: dict[bytes, tuple[str, Row]] = {}
-    frames: dict[bytes, tuple[str, Mapping[str, Any]]] = {}
+    found: dict[str, tuple[str, Row]] = {}
+    frames: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for run, rows in runs:
         for row in rows:
             first, kept = found.setdefault(_key([row["study"], row["kernel"], row["point"]]), (run, row))
@@ -217,7 +220,7 @@ def merge(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Row]:
     return [row for _, row in found.values()]
 
 
-def _one_run_a_place(frames: dict[bytes, tuple[str, Mapping[str, Any]]], run: str, row: Row) -> None:
+def _one_run_a_place(frames: dict[str, tuple[str, Mapping[str, Any]]], run: str, row: Row) -> None:
     place = {name: value for name, value in row["point"].items() if name not in ("length", "implementation")}
     first, _ = frames.setdefault(_key(["speed", place]), (run, place))
     if first != run:
@@ -228,7 +231,7 @@ def _one_run_a_place(frames: dict[bytes, tuple[str, Mapping[str, Any]]], run: st
         )
 
 
-def _one_thing_a_study(frames: dict[bytes, tuple[str, Mapping[str, Any]]], run: str, row: Row) -> None:
+def _one_thing_a_study(frames: dict[str, tuple[str, Mapping[str, Any]]], run: str, row: Row) -> None:
     point = row["point"]
     if row["study"] == "separation" and point.get("part") == "base":
         frame = dict(point)
@@ -251,11 +254,5 @@ def _lasting(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "timing" and value not in (None, {})}
 
 
-def _key(value: Any) -> bytes:
-    return dumps({"": _ordered(value)})
-
-
-def _ordered(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _ordered(value[key]) for key in sorted(value)}
-    return [_ordered(inner) for inner in value] if isinstance(value, list | tuple) else value
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

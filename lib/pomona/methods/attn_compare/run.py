@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import orjson
 
-from pomona.errors import CheckFailed, DataError, MissingError, UsageError
+from pomona.errors import CheckFailed, MissingError, UsageError
 from pomona.io.atomic import atomic_file, writing
 from pomona.io.directory import RunDirectory, read_results
 from pomona.io.manifest import file_digest
@@ -112,12 +112,12 @@ def _measured(
 
 def _kept(work: RunDirectory, key: str) -> Sequence[Row]:
     """The rows that the journal has under `key`, if they are still rows."""
-    try:
-        return results.read_rows(b"\n".join(map(orjson.dumps, (work.journal.get(key) or {})["rows"])))
-    except (KeyError, TypeError, DataError) as error:
+    rows = (work.journal.get(key) or {}).get("rows")
+    if not isinstance(rows, list) or any(map(results.fault, rows)):
         raise MissingError(
             f"{work.journal.path}: an entry holds no results", hint="remove the file, or use --overwrite"
-        ) from error
+        )
+    return rows
 
 
 def _measure(shop: Workshop, point: Point) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pomona.report.intervals import two_sided, wilson
+
 SMALL = 20
 """Cells with fewer items say next to nothing: 3 of 3 is anything above 0.44."""
 
@@ -54,18 +56,6 @@ class Cell:
         """The cell as result.json has it, without an interval where there are no items."""
         ends = (self.low, self.high) if self.n else (None, None)
         return {"k": self.k, "n": self.n, "value": self.value, "low": ends[0], "high": ends[1], "small": self.small}
-
-
-def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927); (0, 1) of no items."""
-    if n == 0:
-        return 0.0, 1.0
-    z = _z(confidence)
-    share, weight = k / n, n / (n + z * z)
-    centre = weight * share + (1 - weight) / 2
-    half = weight * z / n * math.sqrt(n * share * (1 - share) + z * z / 4)
-    # Rounding must not push an end off 0 or 1, where it lies exactly.
-    return (0.0 if k == 0 else max(0.0, centre - half)), (1.0 if k == n else min(1.0, centre + half))
 
 
 def mcnemar(b: int, c: int) -> tuple[float, float]:
@@ -201,7 +191,7 @@ def corrected_accuracy(
     if q is None or se.value is None or sp.value is None or se.value + sp.value <= 1:
         return None
     estimate = (q + sp.value - 1) / (se.value + sp.value - 1)
-    z = _z(confidence)
+    z = two_sided(confidence)
     n = observed.n + z * z
     q = (observed.k + z * z / 2) / n
     (se_rate, se_n), (sp_rate, sp_n) = (((cell.k + 1) / (cell.n + 2), cell.n + 2) for cell in (se, sp))
@@ -232,7 +222,7 @@ def detectable_paired_difference(
 
 
 def _detectable(variance: float, n: int, power: float, confidence: float) -> float:
-    return (_z(confidence) + NormalDist().inv_cdf(power)) * math.sqrt(variance / n)
+    return (two_sided(confidence) + NormalDist().inv_cdf(power)) * math.sqrt(variance / n)
 
 
 # --- Several samples of one question ---------------------------------------------------------------------------------
@@ -275,10 +265,6 @@ def majority_at_k(votes: Sequence[Hashable], gold: Hashable, k: int) -> float:
             if drawn == k - most:
                 won += math.comb(right, most) * way / (1 + tied) / math.comb(len(votes), k)
     return won
-
-
-def _z(confidence: float) -> float:
-    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _clip(share: float) -> float:

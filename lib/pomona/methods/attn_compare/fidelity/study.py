@@ -70,11 +70,10 @@ def prepare(config: Config, settings: Settings, shop: Workshop, progress: Progre
     """
     from pomona.methods.attn_compare.fidelity import capture
 
-    wanted = set(_layers(config, settings))
     if config.qkv is not None:
-        for layer, heads in enumerate(capture.read_arrays(config.qkv)):
-            if layer in wanted:
-                heads.save(_place(shop, _JUDGED, layer))
+        held = capture.read_arrays(config.qkv)
+        for layer in _selected(config, settings, len(held)):
+            held[layer].save(_place(shop, _JUDGED, layer))
         return
     if config.synthetic is not None:
         for name in _TEXTS:
@@ -84,6 +83,7 @@ def prepare(config: Config, settings: Settings, shop: Workshop, progress: Progre
     from pomona.runtime.device import Runtime
 
     # What is compared with softmax is the model, not the rounding of a short number format: auto means float32 here.
+    wanted = set(_layers(config, settings))
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
     scorer = load_causal_lm(settings.model, Runtime.open(settings.device, dtype, settings.seed))
     learns = config.learn_steps and any(kernel.learnable for kernel in _kernels(config))
@@ -222,10 +222,16 @@ def _layers(config: Config, settings: Settings) -> list[int]:
             raise UsageError(f"--tokens is {config.tokens}; {source} attends to {most} at most")
         for name in _TEXTS:
             _text(config, name)
+    return _selected(config, settings, count)
+
+
+def _selected(config: Config, settings: Settings, count: int) -> list[int]:
+    """Those of `count` layers that are asked for."""
     if config.layers == "all":
         return list(range(count))
     found = sorted({int(part) for part in config.layers.split(",")})
     if found[-1] >= count:
+        source = _source(config, settings)
         raise UsageError(f"--layers {config.layers}: {source} has layers 0 to {count - 1}")
     return found
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from pomona.methods.attn_compare.separation.constants import Constants
 from pomona.methods.attn_compare.separation.construction import Network, fires
 from pomona.methods.attn_compare.separation.signs import Floats, drawn
+from pomona.report.intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,3 @@ def best_cut(positive: Floats, negative: Floats) -> tuple[int, int] | None:
     right = np.searchsorted(ordered0, cuts, "right") - np.searchsorted(ordered1, cuts, "right")
     cut = cuts[right.argmax()]
     return int((positive[half:] > cut).sum() + (negative[half:] <= cut).sum()), 2 * (len(positive) - half)
-
-
-def wilson(k: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval of a proportion k / n (Wilson 1927)."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, weight = k / n, n / (n + z * z)
-    centre = weight * share + (1 - weight) / 2
-    half = weight * z / n * math.sqrt(n * share * (1 - share) + z * z / 4)
-    # Rounding must not push an end off 0 or 1, where it lies exactly.
-    return (0.0 if k == 0 else max(0.0, centre - half)), (1.0 if k == n else min(1.0, centre + half))

@@ -257,7 +257,9 @@ def _full(queries: Features, keys: Features, v: Tensor, chunk: int, causal: bool
 def _batched(queries: Features, keys: Features, v: Tensor, chunk: int, causal: bool) -> Tensor:
     """All chunks at once: a running sum over the states of all of them, one batch of masked scores."""
     n, width = v.shape[-2:]
-    padded = (functional.pad(x, (0, 0, 0, -n % chunk)) for x in (queries.values, _at_one_scale(keys), _with_ones(v)))
+    padded = (
+        functional.pad(x, (0, 0, 0, -n % chunk)) for x in (queries.values, _at_one_scale(keys), linear.with_ones(v))
+    )
     q, k, extended = (x.view(*x.shape[:-2], -1, chunk, x.shape[-1]) for x in padded)
     states = (k.mT @ extended).cumsum(-3)
     before = functional.pad(states[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
@@ -268,12 +270,12 @@ def _batched(queries: Features, keys: Features, v: Tensor, chunk: int, causal: b
 def _quadratic(queries: Features, keys: Features, v: Tensor, chunk: int, causal: bool) -> Tensor:
     """Masked scores of all pairs."""
     scores = queries.values @ _at_one_scale(keys).mT
-    return _divided((scores.tril_() if causal else scores) @ _with_ones(v), v.shape[-1])
+    return _divided((scores.tril_() if causal else scores) @ linear.with_ones(v), v.shape[-1])
 
 
 def _prefix_sum(queries: Features, keys: Features, v: Tensor, chunk: int, causal: bool) -> Tensor:
     """The running sum of the outer products of all positions, as textbooks have it."""
-    states = (_at_one_scale(keys)[..., None] * _with_ones(v)[..., None, :]).cumsum(-3)
+    states = (_at_one_scale(keys)[..., None] * linear.with_ones(v)[..., None, :]).cumsum(-3)
     return _divided((queries.values[..., None, :] @ states)[..., 0, :], v.shape[-1])
 
 
@@ -288,13 +290,7 @@ LINEAR: dict[str, Callable[[Features, Features, Tensor, int, bool], Tensor]] = {
 
 def _at_one_scale(keys: Features) -> Tensor:
     """Keys on the scale of the largest, as these forms need them; a later key then rounds earlier outputs."""
-    if keys.exponents is None:
-        return keys.values
-    return keys.values * torch.exp2(keys.exponents - keys.exponents.amax(-2, keepdim=True))
-
-
-def _with_ones(v: Tensor) -> Tensor:
-    return torch.cat((v, torch.ones_like(v[..., :1])), -1)
+    return linear.at_one_scale(keys, keys.values.dtype)[0]
 
 
 def _divided(sums: Tensor, width: int) -> Tensor:
