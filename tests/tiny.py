@@ -1,4 +1,4 @@
-"""A language model small enough to make in a test: two layers, 32 wide, random weights, a byte-level tokenizer."""
+"""Models small enough to make in a test: two layers, random weights, tokenizers of bytes and of characters."""
 
 from __future__ import annotations
 
@@ -37,4 +37,22 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
     )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_bert(folder: Path, seed: int = 0) -> Path:
+    """Write a BERT of two layers, 8 wide, and a tokenizer of letters and digits to `folder` and return it."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(words) + "\n")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(seed)
+    model = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=128, **sizes))
+    model.save_pretrained(folder)
+    BertTokenizer(str(vocabulary)).save_pretrained(folder)
     return folder

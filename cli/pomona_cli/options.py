@@ -26,7 +26,7 @@ from pomona.errors import MissingError, UsageError
 
 T = TypeVar("T")
 
-_SHORT = {"output": "-o", "dry_run": "-n", "quiet": "-q", "verbose": "-v"}
+_SHORT = {"output": "-o", "dry_run": "-n", "quiet": "-q", "verbose": "-v", "run_as": "--as"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,3 +104,14 @@ def test_no_input_on_a_terminal_asks_for_one(name: str, tmp_path: Path, tiny_mod
     os.close(main)
     os.close(other)
     assert done.returncode == 2 and b"no input" in done.stderr
+
+
+def test_closed_streams_are_like_the_null_device(tmp_path: Path) -> None:
+    from methods.mera_merge.adapterhub import make_bottleneck
+
+    adapter = make_bottleneck(tmp_path / "one", seed=1)
+    line = " ".join(f"'{word}'" for word in command("mera-merge", adapter, "-o", "out"))
+    for number, closed in enumerate((">&-", "2>&-", "<&- >&- 2>&-")):
+        done = shell(f"{line}{number} {closed}", tmp_path)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+        assert {path.name for path in (tmp_path / f"out{number}").iterdir()} >= {"manifest.json", "adapter.safetensors"}

@@ -87,3 +87,11 @@ def test_a_line_that_no_journal_wrote_is_named_and_not_met_later(tmp_path: Path)
         path.write_bytes(content + b"\n")
         with pytest.raises(MissingError, match="not a line of a journal"):
             Journal(path, PRINT, resume=True)
+
+
+def test_an_entry_that_is_absent_is_one_that_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    Journal(path, {"command": "x", "old": None, "inner": {"a": 1}}, resume=False).close()
+    Journal(path, {"command": "x", "inner": {"a": 1, "new": None}}, resume=True).close()
+    with pytest.raises(UsageError, match=r"was made with inner.a = 1, now it is 2"):
+        Journal(path, {"command": "x", "inner": {"a": 2}}, resume=True)

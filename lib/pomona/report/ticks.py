@@ -11,10 +11,12 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float, digits: int = 10) -> str:
-    """`value` in plain digits from 0.0001 up to ten million, as a power of ten beyond."""
+    """`value` to `digits` digits, plain from 0.0001 up to ten million, as a power of ten beyond."""
     value = float(f"{value:.{digits}g}")
-    if value == 0 or _plain(value):
-        said = f"{value:,.{digits}f}"
+    if value == 0:
+        return "0"
+    if _plain(value):
+        said = f"{value:,.{max(1, digits - 1 - math.floor(math.log10(abs(value))))}f}"
         return said.rstrip("0").rstrip(".").replace("-", "−")
     return _power(value)
 

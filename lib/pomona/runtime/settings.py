@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,3 +45,7 @@ class Settings:
             raise UsageError(f"--model {self.model!r} is not valid Unicode")
         if self.overwrite and self.resume:
             raise UsageError("--overwrite and --resume exclude each other")
+
+    def decisive(self) -> Settings:
+        """These settings without what says where a run takes place and where its output goes."""
+        return replace(self, device="auto", overwrite=False, resume=False, dry_run=False, output=None)

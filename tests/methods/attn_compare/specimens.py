@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pomona.methods.attn_compare.rows import Section, Table
+from pomona.report.sections import Section, Table
 
 
 def sections() -> list[Section]:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pomona.methods.attn_compare.fidelity.capture import Heads
 from pomona.methods.attn_compare.fidelity.judging import Truth, judge
 from pomona.methods.attn_compare.kernels import attention, find, registered
 from pomona.methods.attn_compare.rows import Row, Workshop
+from pomona.models import texts
 from pomona.runtime.progress import Quiet
 from pomona.runtime.settings import Settings
 
@@ -333,9 +333,8 @@ def test_our_texts_are_long_enough_for_two_thousand_tokens() -> None:
     from pomona.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2")
-    folder = resources.files("pomona.methods.attn_compare.fidelity") / "texts"
-    for name in ("documentation.txt", "narrative.txt"):
-        assert len(tokenizer((folder / name).read_text("utf-8"))["input_ids"]) >= 2100
+    for name in texts.OWN:
+        assert len(tokenizer(texts.own(name).decode())["input_ids"]) >= 2100
 
 
 def test_the_summary_holds_means_over_heads(tiny_rows: list[dict[str, Any]]) -> None:

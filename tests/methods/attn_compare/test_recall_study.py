@@ -20,7 +20,8 @@ from pomona.methods.attn_compare import kernels
 from pomona.methods.attn_compare.config import Config
 from pomona.methods.attn_compare.recall import study, training
 from pomona.methods.attn_compare.recall.training import Outcome, train
-from pomona.methods.attn_compare.rows import Point, Section, Workshop
+from pomona.methods.attn_compare.rows import Point, Workshop
+from pomona.report.sections import Section
 from pomona.runtime.settings import Settings
 
 Rows = list[dict[str, Any]]

@@ -59,6 +59,8 @@ def test_a_run_holds_rows_a_table_figures_and_a_report(tmp_path: Path) -> None:
     }
     assert len(rows(tmp_path / "a")) == summary["results"]["done"] == 2 * (1 + 2)
     report = (tmp_path / "a/report.md").read_text()
+    assert "Why Softmax Attention Outperforms Linear Attention" in report and "2310.11685" in report
+    assert "Superiority of Softmax: Unveiling the Performance Edge Over Linear Attention" in report
     assert "Does it separate" in report and "figures/separation_sweeps.svg" in report and "trials: 40" in report
 
 

@@ -1,13 +1,14 @@
-"""What a study measures and what it says of it: points of work, rows of results, sections of the report."""
+"""What a study measures and what it says of it: points of work, rows of results, a section of the report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pomona.methods.attn_compare.config import Config
+from pomona.report.sections import Section
 from pomona.runtime.progress import Progress
 from pomona.runtime.settings import Settings
 
@@ -43,34 +44,6 @@ class Workshop:
 
     scratch: Path
     device: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report; cells are text."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """What one study says.
-
-    Attributes:
-        question: the question it answers.
-        verdict: the answer, in plain sentences.
-        notes: what a reader must know to believe it, such as where constants come from.
-        figures: (stem of the file in figures/, caption).
-    """
-
-    study: str
-    question: str
-    verdict: Sequence[str]
-    notes: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    figures: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
 class Study(Protocol):

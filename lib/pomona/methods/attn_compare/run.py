@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -16,16 +15,22 @@ import orjson
 from pomona.errors import CheckFailed, MissingError, UsageError
 from pomona.io.atomic import atomic_file, writing
 from pomona.io.directory import RunDirectory, read_results
-from pomona.io.manifest import file_digest
+from pomona.io.manifest import changed, file_digest
 from pomona.methods.attn_compare import results
 from pomona.methods.attn_compare.config import STUDIES, Config
 from pomona.methods.attn_compare.kernels import registered
-from pomona.methods.attn_compare.report import markdown, terminal
 from pomona.methods.attn_compare.rows import Point, Row, Study, Workshop
+from pomona.report.sections import markdown, terminal
 from pomona.runtime.jobs import side_by_side
 from pomona.runtime.settings import Settings
 
 _DONE, _INCOMPLETE = 0, 3
+_HEADING = "Softmax attention and what could stand in its place"
+_PREAMBLE = (
+    "After *Why Softmax Attention Outperforms Linear Attention* (arXiv 2310.11685, version 2, 2026), which was first "
+    "*Superiority of Softmax: Unveiling the Performance Edge Over Linear Attention* (version 1, 2023). Nothing below "
+    "is quoted from it: every number was measured, or says where it comes from."
+)
 
 
 def run(config: Config, settings: Settings, work: RunDirectory) -> tuple[dict[str, Any], int]:
@@ -164,11 +169,8 @@ def _merge(work: RunDirectory) -> tuple[dict[str, Any], int]:
 
 def _about(config: Config, settings: Settings) -> dict[str, str]:
     """What was asked for, where it is not what is always done."""
-    told = {"study": ", ".join(names(config)), "seed": str(settings.seed)}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in ("study", "jobs"):
-            told[field.name.replace("_", "-")] = ", ".join(value) if isinstance(value, tuple) else str(value)
+    told = {name: value for name, value in changed(config).items() if name not in ("study", "jobs")}
+    told = {"study": ", ".join(names(config)), "seed": str(settings.seed), **told}
     return told | {"model": settings.model} if settings.model else told
 
 
@@ -191,7 +193,7 @@ def _publish(
         results.write_rows(folder / "results.jsonl", rows)
         results.write_csv(folder / "results.csv", rows)
         with atomic_file(folder / "report.md") as file:
-            file.write(markdown(sections, about).encode())
+            file.write(markdown(_HEADING, _PREAMBLE, sections, about).encode())
         with writing(folder):
             (folder / "figures").mkdir()
         for name in present:

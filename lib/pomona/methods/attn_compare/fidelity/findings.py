@@ -10,7 +10,8 @@ from typing import Any
 
 from pomona.methods.attn_compare.fidelity.judging import QUERIES
 from pomona.methods.attn_compare.kernels import find
-from pomona.methods.attn_compare.rows import Row, Section, Table
+from pomona.methods.attn_compare.rows import Row
+from pomona.report.sections import Section, Table
 
 NEAR = 0.15
 """A mean divergence this near to uniform's, as a share of it, counts as the same."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pomona.methods.attn_compare.config import Config
 from pomona.methods.attn_compare.fidelity.findings import draw, section, summary
 from pomona.methods.attn_compare.kernels import Kernel, chosen, find
 from pomona.methods.attn_compare.rows import Point, Workshop
+from pomona.models import texts
 from pomona.runtime.progress import Progress
 from pomona.runtime.settings import Settings
 
@@ -57,8 +57,8 @@ def sources(config: Config, settings: Settings) -> dict[str, Any]:
         return {}
     from pomona.models.loading import identity
 
-    texts = {name: _sha256(_bytes(config, name)) for name in _TEXTS}
-    return {**identity(settings.model), **{f"text {name}": digest for name, digest in texts.items()}}
+    digests = {f"text {name}": _sha256(_bytes(config, name)) for name in _TEXTS}
+    return {**identity(settings.model), **digests}
 
 
 def prepare(config: Config, settings: Settings, shop: Workshop, progress: Progress) -> None:
@@ -246,7 +246,7 @@ def _shown(config: Config, name: str) -> str:
 
 def _bytes(config: Config, name: str) -> bytes:
     path = _path(config, name)
-    return (resources.files(__package__) / "texts" / _TEXTS[name]).read_bytes() if path is None else _read(path)
+    return texts.own(_TEXTS[name]) if path is None else _read(path)
 
 
 def _text(config: Config, name: str) -> str:

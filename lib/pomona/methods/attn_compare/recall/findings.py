@@ -17,7 +17,8 @@ from typing import Any
 
 from pomona.methods.attn_compare.recall.models import cache_bytes
 from pomona.methods.attn_compare.recall.training import HELD_OUT, INTERVAL, RECALLED, STOP
-from pomona.methods.attn_compare.rows import Row, Section, Table
+from pomona.methods.attn_compare.rows import Row
+from pomona.report.sections import Section, Table
 
 YARDSTICK = "exp"
 
@@ -150,7 +151,7 @@ def section(rows: Sequence[Row]) -> Section:
     found = groups(rows)
     shown = [group for group in found if group.converged]
     return Section(
-        study="recall",
+        title="recall",
         question="Does it remember what it was told?",
         verdict=[sentence for group in found for sentence in _verdict(group)] or ["Nothing was measured."],
         notes=_notes(found),

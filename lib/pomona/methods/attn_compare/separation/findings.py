@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pomona.methods.attn_compare.rows import Row, Section, Table
+from pomona.methods.attn_compare.rows import Row
 from pomona.methods.attn_compare.separation import theory
+from pomona.report.sections import Section, Table
 
 SEPARATES, FAILS = 0.9, 0.1
 

@@ -10,9 +10,10 @@ from typing import Any
 from pomona.errors import UnavailableError
 from pomona.methods.attn_compare import kernels
 from pomona.methods.attn_compare.config import Config
-from pomona.methods.attn_compare.rows import Point, Row, Section, Table, Workshop
+from pomona.methods.attn_compare.rows import Point, Row, Workshop
 from pomona.methods.attn_compare.speed import costs, findings, implementations, options, race
 from pomona.methods.attn_compare.speed.crossover import slope
+from pomona.report.sections import Section, Table
 from pomona.runtime.progress import Progress
 from pomona.runtime.settings import Settings
 

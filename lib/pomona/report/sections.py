@@ -1,16 +1,14 @@
-"""What the studies say, for people: `report.md`, and the end of a run on a terminal."""
+"""What a run says, for people: the sections of `report.md`, and the end of a run on a terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
-from pomona.methods.attn_compare.rows import Section, Table
 from pomona.report.text import columns, escape, fit, one_line, wrap
 
-TITLE = "Why Softmax Attention Outperforms Linear Attention"
-FIRST_TITLE = "Superiority of Softmax: Unveiling the Performance Edge Over Linear Attention"
 _PROSE = 2_000  # characters of a sentence or a list of them
 _CELL = 300
 _ROWS = 12  # of a table that a terminal shows
@@ -20,21 +18,48 @@ _NAME = 18  # of what says what a row is about
 _FIGURE = re.compile(r"[<>≤≥≈~]? ?[-+−±]?\.?\d.*|[-–—]?")
 
 
-def markdown(sections: Sequence[Section], about: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; cells are text."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one part of a run says.
+
+    Attributes:
+        title: its heading.
+        question: the question it answers.
+        verdict: the answer, in plain sentences.
+        notes: what a reader must know to believe it, such as where constants come from.
+        figures: (stem of the file in figures/, caption).
+    """
+
+    title: str
+    question: str
+    verdict: Sequence[str]
+    notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+
+def markdown(title: str, preamble: str, sections: Sequence[Section], about: Mapping[str, str]) -> str:
     """The text of report.md.
 
     Args:
+        preamble: Markdown of ours that stands under the title.
         about: the run's settings, by name.
     """
-    return "\n".join(_document(sections, about))
+    return "\n".join(_document(title, preamble, sections, about))
 
 
-def _document(sections: Sequence[Section], about: Mapping[str, str]) -> Iterator[str]:
-    yield "# Softmax attention and what could stand in its place\n"
-    yield (
-        f"After *{TITLE}* (arXiv 2310.11685, version 2, 2026), which was first *{FIRST_TITLE}* (version 1, 2023). "
-        "Nothing below is quoted from it: every number was measured, or says where it comes from.\n"
-    )
+def _document(title: str, preamble: str, sections: Sequence[Section], about: Mapping[str, str]) -> Iterator[str]:
+    yield f"# {_safe(title)}\n"
+    yield f"{preamble}\n"
     for name, value in about.items():
         yield f"- {_safe(name, 60)}: {_safe(value, _CELL)}"
     if about:
@@ -43,7 +68,7 @@ def _document(sections: Sequence[Section], about: Mapping[str, str]) -> Iterator
     for section in sections:
         verdict = _safe(" ".join(section.verdict[:2])) or "No verdict."
         yield f"- **{_heading(section)}.** {_safe(section.question)} {verdict}"
-    yield "" if sections else "No study was run.\n"
+    yield "" if sections else "Nothing was run.\n"
     for section in sections:
         yield from _section(section)
 
@@ -67,7 +92,7 @@ def _section(section: Section) -> Iterator[str]:
 
 
 def _heading(section: Section) -> str:
-    return _safe(section.study.capitalize(), 60)
+    return _safe(section.title.capitalize(), 60)
 
 
 def _safe(text: str, room: int = _PROSE) -> str:
@@ -77,6 +102,13 @@ def _safe(text: str, room: int = _PROSE) -> str:
 def _table(table: Table) -> Iterator[str]:
     """A Markdown table under its caption, its columns as wide in the source as they need to be."""
     yield f"{_safe(table.caption)}\n"
+    yield from table_lines(table.head, table.rows)
+    yield ""
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table, columns of figures to the right; no text in it can become markup or end a cell."""
+    table = Table("", head, rows)
     sides = _sides(table)
     cells = [[_safe(cell, _CELL) for cell in row] for row in _rectangle(table)]
     widths = [max(3, *(columns(row[place]) for row in cells)) for place in range(len(sides))]
@@ -85,7 +117,6 @@ def _table(table: Table) -> Iterator[str]:
     yield f"|{'|'.join(rules)}|"
     for row in cells[1:]:
         yield _line(row, widths, sides)
-    yield ""
 
 
 def _line(row: Sequence[str], widths: Sequence[int], sides: str) -> str:
@@ -121,7 +152,7 @@ def terminal(sections: Sequence[Section], width: int = 80) -> list[str]:
     width = max(20, width)
     lines: list[str] = []
     for section in sections:
-        lines += [""] * bool(lines) + wrap(f"{section.study.capitalize()}: {section.question}", width, "  ")
+        lines += [""] * bool(lines) + wrap(f"{section.title.capitalize()}: {section.question}", width, "  ")
         lines += [line for said in section.verdict for line in wrap(said, width)]
         if section.tables:
             lines += ["", *_compact(section.tables[0], width)]

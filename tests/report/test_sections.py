@@ -1,4 +1,4 @@
-"""What report.md and the terminal show of the studies' sections."""
+"""What report.md and the terminal show of the sections of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from methods.attn_compare.specimens import sections
-from pomona.methods.attn_compare.report import markdown, terminal
-from pomona.methods.attn_compare.rows import Section, Table
+from pomona.report.sections import Section, Table, markdown, terminal
 
 ABOUT = {"kernels": "exp, linear", "seed": "0", "trials": "1,000"}
 HOSTILE = "a|b\n| c `x` <script>alert(1)</script> [l](http://e.org) $x$ \x1b[31m \u202e ![i](x) ## h"
@@ -26,15 +25,14 @@ def _cells(line: str) -> list[str]:
     return [_shown(cell).strip() for cell in line.strip().strip("|").split("|")]
 
 
-def test_the_report_names_both_titles_of_the_paper() -> None:
-    text = markdown(sections(), ABOUT)
-    assert "Why Softmax Attention Outperforms Linear Attention" in text
-    assert "Superiority of Softmax: Unveiling the Performance Edge Over Linear Attention" in text
-    assert "2310.11685" in text
+def test_the_title_and_what_stands_under_it_come_first() -> None:
+    assert markdown("A *title*", "After *a paper* (arXiv 1).", [], {}).startswith(
+        "# A &#42;title&#42;\n\nAfter *a paper* (arXiv 1).\n"
+    )
 
 
 def test_question_and_verdict_of_every_study_come_first_each_on_one_line() -> None:
-    text = _shown(markdown(sections(), ABOUT))
+    text = _shown(markdown("Title", "Under it.", sections(), ABOUT))
     short = text[text.index("## In short") : text.index("## Separation")].strip().splitlines()[2:]
     assert [line.split(".")[0] for line in short] == ["- **Separation", "- **Speed"]
     for line, section in zip(short, sections(), strict=True):
@@ -42,7 +40,7 @@ def test_question_and_verdict_of_every_study_come_first_each_on_one_line() -> No
 
 
 def test_every_part_of_a_section_is_shown_in_order() -> None:
-    text = _shown(markdown(sections(), ABOUT))
+    text = _shown(markdown("Title", "Under it.", sections(), ABOUT))
     section = sections()[0]
     body = text[text.index("## Separation") : text.index("## Speed")]
     parts = [
@@ -59,13 +57,13 @@ def test_every_part_of_a_section_is_shown_in_order() -> None:
 
 def test_figures_are_shown_as_svg_and_link_the_png() -> None:
     odd = Section("speed", "q", ["v"], figures=[("a b(1)", "Time ] of")])
-    text = markdown([odd], {})
+    text = markdown("Title", "Under it.", [odd], {})
     assert re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", text) == [("Time &#93; of", "figures/a%20b%281%29.svg")]
     assert "[PNG](figures/a%20b%281%29.png)" in text
 
 
 def test_tables_are_whole_aligned_and_columns_of_figures_stand_right() -> None:
-    lines = [line for line in markdown(sections(), {}).splitlines() if line.startswith("|")][:5]
+    lines = [line for line in markdown("Title", "Under it.", sections(), {}).splitlines() if line.startswith("|")][:5]
     assert len({len(line) for line in lines}) == 1
     assert [rule.endswith(":") for rule in lines[1].strip("|").split("|")] == [False, True, True, True]
     assert _cells(lines[0]) == ["kernel", "success", "95 %", "AUC"]
@@ -75,7 +73,11 @@ def test_tables_are_whole_aligned_and_columns_of_figures_stand_right() -> None:
 
 def test_a_column_of_words_stays_left_and_short_rows_are_filled() -> None:
     table = Table("c", ["kernel", "note", "n"], [["exp", "2 of 3"], ["linear", "none", "7"], []])
-    lines = [line for line in markdown([Section("recall", "q", [], tables=[table])], {}).splitlines() if "|" in line]
+    lines = [
+        line
+        for line in markdown("Title", "Under it.", [Section("recall", "q", [], tables=[table])], {}).splitlines()
+        if "|" in line
+    ]
     assert [rule.endswith(":") for rule in lines[1].strip("|").split("|")] == [False, False, True]
     assert all(line.count("|") == 4 for line in lines)
 
@@ -83,7 +85,7 @@ def test_a_column_of_words_stays_left_and_short_rows_are_filled() -> None:
 def test_no_text_becomes_markup() -> None:
     table = Table(HOSTILE, [HOSTILE], [[HOSTILE]])
     section = Section(HOSTILE, HOSTILE, [HOSTILE], [HOSTILE], [table], [("stem", HOSTILE)])
-    text = markdown([section], {HOSTILE: HOSTILE})
+    text = markdown("Title", "Under it.", [section], {HOSTILE: HOSTILE})
     assert "<script" not in text and "http://" not in text and "`x`" not in text
     assert not set(text) & set("\x1b\u202e$")
     assert [line.count("|") for line in text.splitlines() if "|" in line] == [2, 2, 2]
@@ -92,7 +94,7 @@ def test_no_text_becomes_markup() -> None:
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.lists(st.text(max_size=30), min_size=2, max_size=2), min_size=1, max_size=4))
 def test_cells_of_any_text_keep_the_table_rectangular(rows: list[list[str]]) -> None:
-    text = markdown([Section("speed", "q", [], tables=[Table("c", ["a", "b"], rows)])], {})
+    text = markdown("Title", "Under it.", [Section("speed", "q", [], tables=[Table("c", ["a", "b"], rows)])], {})
     lines = [line for line in text.split("\n") if line.startswith("|")]
     assert len(lines) == 2 + len(rows) and all(line.count("|") == 3 for line in lines)
     assert "\r" not in text and text.isprintable() is False  # only by its own line breaks
@@ -100,8 +102,8 @@ def test_cells_of_any_text_keep_the_table_rectangular(rows: list[list[str]]) -> 
 
 
 def test_nothing_to_say_is_said() -> None:
-    assert "No study was run." in markdown([], {})
-    assert "No verdict." in markdown([Section("speed", "q", [])], {})
+    assert "Nothing was run." in markdown("Title", "Under it.", [], {})
+    assert "No verdict." in markdown("Title", "Under it.", [Section("speed", "q", [])], {})
 
 
 # --- a terminal ------------------------------------------------------------------------------------------------------
