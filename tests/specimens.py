@@ -71,6 +71,7 @@ class DirectorySpecimen:
     quick: Callable[[Path], list[str]]
     slow: Callable[[Path, Path], list[str]]  # long enough to be interrupted
     inputs: int = 1
+    keeps: bool = True  # what an interrupted run has done is kept in its journal; otherwise it begins again
 
 
 def _exam(folder: Path) -> list[str]:
@@ -98,7 +99,35 @@ def _long_separation(folder: Path, model: Path) -> list[str]:
     return ["--study", "separation", "--sweep", "m=20,21", "--trials", "20000", "--jobs", "2"]
 
 
+def _adapters(folder: Path) -> list[str]:
+    from methods.mera_merge.adapterhub import make_bottleneck
+
+    return [make_bottleneck(folder / name, seed=seed).name for seed, name in enumerate(("one", "two"))]
+
+
+def _long_merge(folder: Path, model: Path) -> list[str]:
+    from tiny import save_tiny_bert
+
+    save_tiny_bert(folder / "base")
+    texts = [{"text": f"{word} {number % 7}", "label": word} for number in range(60) for word in ("good", "bad")]
+    (folder / "texts.jsonl").write_bytes(jsonl(texts))
+    return [*_adapters(folder), "--base-model", "base", "--few-shot", "texts.jsonl", "--shots", "8", "--seeds", "60"]
+
+
+def _dense(folder: Path) -> list[str]:
+    from tiny import save_tiny_llama
+
+    return [save_tiny_llama(folder / "dense").name, "--experts", "2"]
+
+
+def _long_conversion(folder: Path, model: Path) -> list[str]:
+    (folder / "texts.jsonl").write_bytes(jsonl([{"text": "pear plum quince " * (2 + n % 3)} for n in range(40)]))
+    return [*_dense(folder), "--train", "texts.jsonl", "--steps", "60", "--batch-size", "4", "--max-length", "32"]
+
+
 DIRECTORIES = {
     "nlpbench-eval": DirectorySpecimen(_exam, _long_exam),
     "attn-compare": DirectorySpecimen(_separation, _long_separation, inputs=0),
+    "mera-merge": DirectorySpecimen(_adapters, _long_merge, inputs=2),
+    "meo-convert": DirectorySpecimen(_dense, _long_conversion, keeps=False),
 }
