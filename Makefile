@@ -50,6 +50,8 @@ bench: .venv/dev
 	$(BIN)/python tests/bench/nlpbench_eval.py
 	$(BIN)/python tests/bench/nlpbench_faults.py
 	$(BIN)/python tests/bench/attn_compare.py
+	$(BIN)/python tests/bench/meo_convert.py
+	$(BIN)/python tests/bench/mera_merge.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
