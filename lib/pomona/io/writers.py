@@ -214,3 +214,12 @@ class _Packed:
     def close(self) -> None:
         self._writer.close()
         self._packed.close()
+
+
+def brief(value: Any) -> Any:
+    """`value` with its numbers to six digits, as a summary needs them."""
+    if isinstance(value, Mapping):
+        return {name: brief(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [brief(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -237,6 +237,11 @@ def required(specs: Sequence[TensorSpec], shard_bytes: int = SHARD) -> int:
     shards = _shards(specs, shard_bytes)
     index = len(_encoded_index(shards, _names(len(shards)))) if len(shards) > 1 else 0
     return index + sum(len(_encoded_header(shard)) + sum(spec.bytes for spec in shard) for shard in shards)
+
+
+def parameters(specs: Iterable[TensorSpec]) -> int:
+    """Floating-point numbers in the tensors `specs`."""
+    return sum(spec.elements for spec in specs if DTYPES[spec.dtype].is_floating_point)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

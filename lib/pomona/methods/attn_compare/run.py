@@ -16,6 +16,7 @@ from pomona.errors import CheckFailed, MissingError, UsageError
 from pomona.io.atomic import atomic_file, writing
 from pomona.io.directory import RunDirectory, read_results
 from pomona.io.manifest import changed, file_digest
+from pomona.io.writers import brief
 from pomona.methods.attn_compare import results
 from pomona.methods.attn_compare.config import STUDIES, Config
 from pomona.methods.attn_compare.kernels import registered
@@ -182,7 +183,7 @@ def _publish(
     sections = [study(name).section(by_study[name]) for name in present]
     states = Counter(row["status"] for row in rows)
     summary = {
-        "studies": {name: _brief(study(name).summary(by_study[name])) for name in present},
+        "studies": {name: brief(study(name).summary(by_study[name])) for name in present},
         "results": dict(sorted(states.items())),
         "run": str(work.path),
     }
@@ -200,15 +201,6 @@ def _publish(
             study(name).draw(by_study[name], folder / "figures")
     work.progress.show("\n".join(terminal(sections)))
     return finished
-
-
-def _brief(value: Any) -> Any:
-    """`value` with its numbers to six digits, as a summary needs them."""
-    if isinstance(value, Mapping):
-        return {name: _brief(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_brief(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _hold(finished: Mapping[str, Any], work: RunDirectory) -> None:

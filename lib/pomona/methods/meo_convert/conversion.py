@@ -18,7 +18,7 @@ from pomona.methods.meo_convert.layouts import Role
 from pomona.methods.meo_convert.operations import operations
 from pomona.methods.meo_convert.plan import plan
 from pomona.methods.meo_convert.routing import Routing
-from pomona.models.checkpoint import DTYPES, Checkpoint, TensorSpec, required, write_config, write_shards
+from pomona.models.checkpoint import Checkpoint, parameters, required, write_config, write_shards
 from pomona.runtime.progress import Progress
 
 Action = Literal["merge", "upcycle", "keep", "copy"]
@@ -226,7 +226,7 @@ def foretold(
             block = upcycling.block(family, config, tokenizer)
             planned = upcycling.plan(checkpoint, family, block, init=config.init, dtype=config.save_dtype, seed=seed)
             specs, output = planned.specs, planned.config
-        before, after = _elements(checkpoint.specs.values()), _elements(specs)
+        before, after = parameters(checkpoint.specs.values()), parameters(specs)
         told = {
             "arch": output["meo"]["run_as"],
             "bytes": required(specs, size(config.shard_size)),
@@ -243,7 +243,3 @@ def foretold(
             ),
         }
     return {"action": chosen, **told, "flops": operations(checkpoint.config, output)}
-
-
-def _elements(specs: Iterable[TensorSpec]) -> int:
-    return sum(spec.elements for spec in specs if DTYPES[spec.dtype].is_floating_point)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pomona.io.manifest import plain
+from pomona.io.writers import brief
 from pomona.methods.meo_convert.config import Config
 from pomona.methods.meo_convert.conversion import Converted
 from pomona.methods.meo_convert.families import Family
@@ -13,7 +14,7 @@ from pomona.methods.meo_convert.operations import operations
 from pomona.methods.meo_convert.routing import Routing
 from pomona.methods.meo_convert.training import TrainingResult
 from pomona.methods.meo_convert.verification import Verdict
-from pomona.models.checkpoint import DTYPES, Checkpoint
+from pomona.models.checkpoint import Checkpoint, parameters
 from pomona.report.cards import stated_licence
 
 
@@ -53,7 +54,7 @@ def facts(
         "compat": config.compat if made.action == "upcycle" else None,
         "dropped": list(made.dropped),
         "mass": {name: found.mass for name, found in (routing or {}).items()},
-        "parameters": {"before": _parameters(checkpoint), "after": _parameters(written)},
+        "parameters": {"before": parameters(checkpoint.specs.values()), "after": parameters(written.specs.values())},
         "bytes": {"before": _bytes(checkpoint), "after": _bytes(written)},
         "flops": operations(checkpoint.config, made.config),
         "alignment": dict(made.alignment),
@@ -95,7 +96,7 @@ def trained(found: Mapping[str, Any], result: TrainingResult, written: Checkpoin
         **found,
         "training": plain(result),
         "architecture": _architecture(written.config),
-        "parameters": {**found["parameters"], "after": _parameters(written)},
+        "parameters": {**found["parameters"], "after": parameters(written.specs.values())},
         "bytes": {**found["bytes"], "after": _bytes(written)},
     }
 
@@ -106,11 +107,6 @@ def retraced(provenance: Mapping[str, Any], written: Checkpoint) -> dict[str, An
         spec.name: {**provenance.get(spec.name, {"new": "drawn"}), "dtype": spec.dtype, "trained": True}
         for spec in written.specs.values()
     }
-
-
-def brief(value: float | None) -> float | None:
-    """`value` to six digits."""
-    return None if value is None else float(f"{value:.6g}")
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
@@ -130,10 +126,6 @@ def _drift(verdict: Verdict, spoken: bool) -> dict[str, Any]:
         found |= dict.fromkeys(("perplexity_before", "perplexity_after"))
         found["no_perplexity"] = "random tokens have none that would mean anything"
     return found
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    return sum(spec.elements for spec in checkpoint.specs.values() if DTYPES[spec.dtype].is_floating_point)
 
 
 def _bytes(checkpoint: Checkpoint) -> int:

@@ -86,7 +86,7 @@ def plan(checkpoint: Checkpoint, family: Family, *, arch: str, dtype: str) -> Pl
     for spec in checkpoint.specs.values():
         if spec.name not in taken:
             name = architectures.renamed(family, spec.name, chosen)
-            outputs.append(Copied(TensorSpec(name, _format(spec.dtype, dtype), spec.shape), spec.name))
+            outputs.append(Copied(TensorSpec(name, format_of(spec.dtype, dtype), spec.shape), spec.name))
     outputs.sort(key=lambda output: natural(output.spec.name))
     names = {output.spec.name for output in outputs}
     if len(names) < len(outputs):
@@ -100,10 +100,12 @@ def _merged(checkpoint: Checkpoint, family: Family, layer: ExpertLayer, arch: Ar
         shape = parts[0].shape[::-1] if layer.transposed else parts[0].shape
         held = checkpoint.specs[parts[0].tensor].dtype
         name = architectures.name(family, layer, role, arch)
-        outputs.append(Merged(TensorSpec(name, _format(held, dtype), shape), layer, role))
+        outputs.append(Merged(TensorSpec(name, format_of(held, dtype), shape), layer, role))
     if family.kind == "meo" and family.name in BIASED and "bias" not in layer.maps:
         weight = layer.maps["weight"][0]
-        spec = TensorSpec(f"{layer.name}.bias", _format(checkpoint.specs[weight.tensor].dtype, dtype), weight.shape[:1])
+        spec = TensorSpec(
+            f"{layer.name}.bias", format_of(checkpoint.specs[weight.tensor].dtype, dtype), weight.shape[:1]
+        )
         outputs.append(Zeros(spec, "the experts have no biases"))
     return outputs
 
@@ -115,7 +117,9 @@ def _routers(checkpoint: Checkpoint, family: Family, layer: ExpertLayer, dtype: 
         name = architectures.router_name(family, layer, tensor)
         # The softmax over one expert is 1 whatever its logit.
         shape = (1, *spec.shape[1:])
-        outputs.append(Zeros(TensorSpec(name, _format(spec.dtype, dtype), shape), "a router with one expert to choose"))
+        outputs.append(
+            Zeros(TensorSpec(name, format_of(spec.dtype, dtype), shape), "a router with one expert to choose")
+        )
     return outputs
 
 
@@ -130,5 +134,6 @@ def _refuse_token_block(checkpoint: Checkpoint, layer: ExpertLayer) -> None:
             )
 
 
-def _format(held: str, dtype: str) -> str:
+def format_of(held: str, dtype: str) -> str:
+    """The number format in which a tensor of format `held` is written: `dtype`, where it can be summed."""
     return FORMATS[dtype] if dtype != "source" and held in FLOATS else held

@@ -11,7 +11,7 @@ from pomona.methods.meo_convert.layouts import ExpertLayer
 from pomona.methods.meo_convert.plan import Copied, Merged, Output, plan
 from pomona.methods.meo_convert.static import BLOCK
 from pomona.methods.meo_convert.weighting import needs_routing
-from pomona.models.checkpoint import DTYPES, Checkpoint, TensorSpec, required
+from pomona.models.checkpoint import DTYPES, Checkpoint, TensorSpec, parameters, required
 from pomona.runtime import memory
 
 _BLOCKS = 3 * 8 * BLOCK  # a block of experts in float64, what is made of it, and its sum
@@ -51,13 +51,13 @@ def predict(checkpoint: Checkpoint, family: Family, config: Config, *, itemsize:
         stages["verification"] = loaded + written + _COMPARED * logits
     if config.train is not None:
         learnt = 0 if config.label_field else _LEARNT * logits
-        stages["training"] = _MODELLING + _TRAINED * _elements(target) + learnt
+        stages["training"] = _MODELLING + _TRAINED * parameters(target) + learnt
     return {
         "arch": planned.arch,
         "bytes": required(target, size(config.shard_size)),
         "tensors": len(planned.outputs),
         "merged": sum(isinstance(output, Merged) for output in planned.outputs),
-        "parameters": {"before": _elements(source), "after": _elements(target)},
+        "parameters": {"before": parameters(source), "after": parameters(target)},
         **_peak(stages),
     }
 
@@ -97,7 +97,7 @@ def of_upcycling(
     if batch is not None:
         merged = sum(spec.elements // spec.shape[0] for spec in stacks)
         more = itemsize * (batch * merged + _LEARNT * learnt)
-        stages["training"] = _MODELLING + _TRAINED * _elements(specs) + more
+        stages["training"] = _MODELLING + _TRAINED * parameters(specs) + more
     return _peak(stages)
 
 
@@ -149,13 +149,9 @@ def _stacking(spec: TensorSpec) -> int:
 def _loaded(specs: Sequence[TensorSpec], itemsize: int, *, packed: bool = False) -> int:
     """A model as transformers holds it: the mapped file, or, if it converts or packs what it reads, that and a copy."""
     held = sum(spec.bytes for spec in specs)
-    return held if _mapped(specs, itemsize) and not packed else held + itemsize * _elements(specs)
+    return held if _mapped(specs, itemsize) and not packed else held + itemsize * parameters(specs)
 
 
 def _mapped(specs: Iterable[TensorSpec], itemsize: int) -> bool:
     """Whether numbers stay as they are in the file when they are loaded."""
     return all(spec.bytes == itemsize * spec.elements for spec in specs if DTYPES[spec.dtype].is_floating_point)
-
-
-def _elements(specs: Iterable[TensorSpec]) -> int:
-    return sum(spec.elements for spec in specs if DTYPES[spec.dtype].is_floating_point)

@@ -24,8 +24,8 @@ from pomona.methods.meo_convert import modeling_meo
 from pomona.methods.meo_convert.config import Config, noise
 from pomona.methods.meo_convert.families import Family, Linear, natural, resolved
 from pomona.methods.meo_convert.modeling_meo import additions, auto_map, has_gate, keeps_bias
-from pomona.methods.meo_convert.plan import FORMATS
-from pomona.models.checkpoint import DTYPES, FLOATS, SHARD, Checkpoint, TensorSpec, write_config, write_shards
+from pomona.methods.meo_convert.plan import format_of
+from pomona.models.checkpoint import DTYPES, SHARD, Checkpoint, TensorSpec, write_config, write_shards
 from pomona.runtime.progress import Progress
 from pomona.runtime.seeds import derive
 
@@ -145,10 +145,10 @@ def plan(checkpoint: Checkpoint, family: Family, meo: Mapping[str, Any], *, init
             first = next(iter(layer.maps.values()))[0]
             held = checkpoint.specs[first.tensor].dtype
             width = int(resolved(checkpoint.config).hidden_size)
-            tensors += _added(layer.block, width, settings, _format(held, dtype), seed, only="token")
+            tensors += _added(layer.block, width, settings, format_of(held, dtype), seed, only="token")
     tensors += [
         Made(
-            TensorSpec(spec.name, held := _format(spec.dtype, dtype), spec.shape),
+            TensorSpec(spec.name, held := format_of(spec.dtype, dtype), spec.shape),
             {"copied": spec.name},
             _copying(checkpoint, spec.name, held),
         )
@@ -303,7 +303,7 @@ def _stack(
 ) -> Made:
     spec, amount = checkpoint.specs[name], noise(init)
     shape = spec.shape[::-1] if transposed else spec.shape
-    made = TensorSpec(name, _format(spec.dtype, dtype), (settings.experts, *shape))
+    made = TensorSpec(name, format_of(spec.dtype, dtype), (settings.experts, *shape))
     told: dict[str, Any] = {"copies": name, "experts": settings.experts}
     if amount:
         told["noise"] = amount
@@ -350,7 +350,3 @@ def _copying(checkpoint: Checkpoint, name: str, held: str) -> Callable[[], Tenso
         return found if found.dtype == DTYPES[held] else found.to(DTYPES[held])
 
     return values
-
-
-def _format(held: str, dtype: str) -> str:
-    return FORMATS[dtype] if dtype != "source" and held in FLOATS else held

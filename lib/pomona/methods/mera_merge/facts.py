@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pomona.io.manifest import plain
+from pomona.io.writers import brief
 from pomona.methods.mera_merge import costs, quality
 from pomona.methods.mera_merge.adapters import Adapter
 from pomona.methods.mera_merge.alignment import Matching
@@ -117,11 +118,6 @@ def _compared(config: Config, method: str) -> str:
     return {"down": "incoming weights", "down+bias": "incoming weights and bias", "down+up": "weights in and out"}[
         config.features
     ]
-
-
-def brief(value: float | None) -> float | None:
-    """`value` to six digits."""
-    return None if value is None else float(f"{value:.6g}")
 
 
 def _alignment(matchings: Sequence[Matching]) -> dict[str, float | None]:
