@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from faults.storage import room
 from pomona.errors import OutputError
-from pomona.io.atomic import atomic_directory, atomic_file, locked
+from pomona.io.atomic import atomic_directory, atomic_file, locked, writing
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], int]:
@@ -35,6 +36,15 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], int]:
     for name in ("replace", "rename", "mkdir"):
         monkeypatch.setattr(Path, name, guard(getattr(Path, name)))
     return lambda: calls
+
+
+def test_a_full_disk_is_told_in_one_line_also_of_what_waits_in_the_buffer(tmp_path: Path) -> None:
+    for size in (1, 100, 10_000, 1_000_000):
+        out = tmp_path / "out"
+        with room(0), pytest.raises(OutputError, match="the size limit"), atomic_file(out) as file, writing(out):
+            file.write(b"x" * size)
+            file.write(b"x")
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("before", [None, b"old"])

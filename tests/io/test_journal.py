@@ -43,6 +43,15 @@ def test_a_torn_last_line_is_dropped_at_every_length(tmp_path: Path) -> None:
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_integers_beyond_64_bits_keep_their_value(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", PRINT, resume=False)
+    journal.append_all({"a": {"n": 2**70 + 1}, "b": {"n": -(2**63)}})
+    assert journal.get("a") == {"n": 2**70 + 1}
+    journal.close()
+    again = Journal(tmp_path / "j", PRINT, resume=True)
+    assert again.keys() == ["a", "b"] and again.get("a") == {"n": 2**70 + 1} and again.get("b") == {"n": -(2**63)}
+
+
 def test_another_fingerprint_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "j"
     Journal(path, PRINT, resume=False).close()

@@ -63,6 +63,13 @@ def test_parquet_finds_one_schema_for_all_rows(tmp_path: Path) -> None:
     assert table[-1] == {"a": "text", "b": {"x": 1.5, "y": "z"}}
 
 
+def test_parquet_keeps_fields_that_only_later_records_have(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"a": 1}, {"b": 2, "a": 3}, {}]
+    (tmp_path / "a.parquet").write_bytes(written("a.parquet", rows))
+    found = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert found == [{"a": 1, "b": None}, {"a": 3, "b": 2}, {"a": None, "b": None}]
+
+
 def test_parquet_refuses_columns_of_two_kinds() -> None:
     with pytest.raises(OutputError, match="one type per column"):
         written("a.parquet", [{"a": 1}, {"a": {"x": 1}}])

@@ -61,11 +61,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     try:
         with writing(path):
             file = partial.open("wb")
-        with file:
+        try:
             yield file
             with writing(path):
                 file.flush()
                 os.fsync(file.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # it tries once more to write what could not be written
+                file.close()
         with writing(path):
             publish(partial, path)
     except BaseException:
@@ -85,7 +88,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield partial
         with writing(path):
             for file in sorted(p for p in partial.rglob("*") if p.is_file()):
-                _fsync(file)
+                sync(file)
             old = path.with_name(f".{path.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             if path.is_dir():
@@ -105,10 +108,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def publish(partial: Path, path: Path) -> None:
     """Rename `partial` over `path` and flush the folder, the step that makes an output exist."""
     partial.replace(path)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,6 +9,7 @@ little. A torn last line is dropped on opening. Only keys and file offsets are h
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ import orjson
 
 from pomona.errors import MissingError, OutputError, UsageError
 from pomona.io.atomic import atomic_file, writing
+from pomona.io.records import parse
 
 _FSYNC_EVERY_S = 1.0
 
@@ -83,8 +85,12 @@ class Journal:
         place = self._offsets.get(key)
         if place is None:
             return None
-        value: dict[str, Any] = orjson.loads(os.pread(self._file.fileno(), place[1], place[0]))["value"]
+        value: dict[str, Any] = parse(os.pread(self._file.fileno(), place[1], place[0]))["value"]
         return value
+
+    def keys(self) -> list[str]:
+        """The keys there are, in the order in which they were first stored."""
+        return list(self._offsets)
 
     def append(self, key: str, value: Mapping[str, Any]) -> None:
         """Store `value` under `key`; on return it survives the end of the process."""
@@ -162,7 +168,10 @@ def refuse_existing(path: Path) -> None:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+    try:
+        return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # integers beyond 64 bits, or truly not JSON
+        return json.dumps(entry, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:

@@ -22,7 +22,10 @@ from pomona.io.atomic import atomic_file
 
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
 _DIRECTORY_FIELDS = {"pomona", "command", "settings", "inputs", "files", "results"}
-_LIBRARIES = ("accelerate", "datasets", "numpy", "openai", "orjson", "pyarrow", "scikit-learn", "torch", "transformers")
+_LIBRARIES = (
+    *("accelerate", "datasets", "diffusers", "numpy", "openai", "orjson", "pillow", "pyarrow", "scikit-learn"),
+    *("torch", "transformers"),
+)
 
 
 def manifest_path(output: Path) -> Path:
@@ -84,13 +87,21 @@ def write_manifest(
     inputs: Sequence[Mapping[str, Any]],
     results: Mapping[str, Any],
     started: float,
+    beside: Sequence[Path] = (),
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the manifest of `output`, which must already be in place."""
+    """Write the manifest of `output`, which must already be in place.
+
+    Args:
+        beside: files that belong to `output`, in place too.
+        measured: what another run would not measure alike; it stands apart.
+    """
     entry = {
         **_described(command, settings, inputs),
         "output": {"name": output.name, **file_digest(output)},
+        **({"beside": {path.name: file_digest(path) for path in beside}} if beside else {}),
         "results": plain(results),
-        "volatile": _volatile(started),
+        "volatile": _volatile(started) | ({"measured": plain(measured)} if measured else {}),
     }
     with atomic_file(manifest_path(output)) as file:
         file.write(_encoded(entry))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 
 import orjson
 
 from pomona.errors import OutputError, UsageError
+from pomona.io.arrow import as_table, common_schema, fitting
 from pomona.io.records import Record, parse
 
 Emit = Literal["auto", "jsonl", "json", "alpaca-json", "csv", "parquet"]
@@ -69,15 +71,7 @@ def layout(name: str, emit: Emit) -> Literal["jsonl", "json", "csv", "parquet"]:
 def open_writer(file: BinaryIO, name: str, emit: Emit = "auto") -> Writer:
     """A writer onto `file`; `name` decides layout (`.jsonl .json .csv .parquet`) and compression (`.gz .zst`)."""
     kind = layout(name, emit)
-    if name.endswith(".gz"):
-        # no name and no time in the header, so that the same records give the same bytes
-        packed: Any = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0)
-    elif name.endswith(".zst"):
-        import pyarrow as pa
-
-        packed = pa.CompressedOutputStream(_Unclosed(file), "zstd")
-    else:
-        packed = None
+    packed = compressed(file, name)
     target = cast(BinaryIO, packed if packed is not None else file)
     writer: Writer
     if kind == "json":
@@ -91,6 +85,18 @@ def open_writer(file: BinaryIO, name: str, emit: Emit = "auto") -> Writer:
     else:
         writer = _JsonlWriter(target)
     return _Packed(writer, packed) if packed is not None else writer
+
+
+def compressed(file: BinaryIO, name: str) -> Any | None:
+    """A stream onto `file` that compresses as the suffix of `name` says (`.gz .zst`); its end is written by `close`."""
+    if name.endswith(".gz"):
+        # no name and no time in the header, so that the same records give the same bytes
+        return gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0)
+    if name.endswith(".zst"):
+        import pyarrow as pa
+
+        return pa.CompressedOutputStream(_Unclosed(file), "zstd")
+    return None
 
 
 class _JsonlWriter:
@@ -159,37 +165,25 @@ class _ParquetWriter:
     def write(self, record: Record) -> None:
         self._spool.write(dumps(record) + b"\n")
 
-    def _tables(self) -> Any:
-        import itertools
-
-        import pyarrow as pa
-
+    def _pieces(self) -> Iterator[list[Record]]:
         self._spool.seek(0)
         while lines := list(itertools.islice(self._spool, self._ROWS)):
-            yield pa.Table.from_pylist([parse(line) for line in lines])
+            yield [parse(line) for line in lines]
 
     def close(self) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = pa.schema([])
         try:
-            for table in self._tables():
-                schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
-            with pq.ParquetWriter(self._file, schema, compression="zstd") as rows:
-                self._spool.seek(0)
-                for table in self._tables():
-                    rows.write_table(pa.Table.from_pylist(table.to_pylist(), schema=schema))
-        except pa.ArrowException as error:
-            raise OutputError(
-                f"Parquet has one type per column: {str(error).splitlines()[0]}", hint="write .jsonl instead"
-            ) from error
+            schema = common_schema(self._pieces())
+            with fitting(), pq.ParquetWriter(self._file, schema, compression="zstd") as writer:
+                for rows in self._pieces():
+                    writer.write_table(as_table(rows, schema))
         finally:
             self._spool.close()
 
 
 class _Unclosed(io.RawIOBase):
-    """Keeps a text wrapper from closing the file below it."""
+    """Keeps a wrapper from closing the file below it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -198,6 +192,8 @@ class _Unclosed(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
+        if self._file.closed:  # Arrow ends an abandoned stream when it is collected, and complains where it cannot
+            return memoryview(data).nbytes
         return self._file.write(data)
 
 

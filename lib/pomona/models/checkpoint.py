@@ -20,6 +20,7 @@ from torch import Tensor
 from pomona.errors import CheckFailed, DataError, MissingError
 from pomona.io.atomic import writing
 from pomona.io.manifest import file_digest
+from pomona.io.tensors import header
 from pomona.runtime.progress import Progress
 
 DTYPES = {
@@ -118,7 +119,7 @@ class Checkpoint:
         folder = folder.parent if alone else folder
         if not folder.is_dir():
             raise MissingError(f"model {folder}: no such directory")
-        config = _json_object(folder / _CONFIG, "is this a transformers model directory?")
+        config = json_object(folder / _CONFIG, "is this a transformers model directory?")
         index = None
         if alone:
             files = [given]
@@ -214,16 +215,37 @@ def write_shards(
     for name, shard in zip(names, shards, strict=True):
         path = folder / name
         with writing(path), path.open("wb") as file:
-            file.write(_encoded_header(shard))
-            for spec in shard:
-                _append(file, spec, tensor(spec.name))
-                if progress is not None:
-                    progress.advance()
+            write_tensors(file, shard, tensor, progress=progress)
     if len(names) > 1:
         with writing(folder / _INDEX):
             (folder / _INDEX).write_bytes(_encoded_index(shards, names))
         names.append(_INDEX)
     return names
+
+
+def write_tensors(
+    file: BinaryIO,
+    specs: Sequence[TensorSpec],
+    tensor: Callable[[str], Tensor],
+    *,
+    about: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write the tensors of `specs` as one safetensors file, in their order.
+
+    Args:
+        tensor: gives the tensor of a name, as its spec says, on the CPU.
+        about: what the file's metadata say, besides that its tensors are torch's.
+        progress: told of every tensor.
+
+    Raises:
+        CheckFailed: a number in a floating-point tensor is not finite.
+    """
+    file.write(_encoded_header(specs, about))
+    for spec in specs:
+        _append(file, spec, tensor(spec.name))
+        if progress is not None:
+            progress.advance()
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -252,7 +274,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _json_object(path: Path, hint: str) -> dict[str, Any]:
+def json_object(path: Path, hint: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file of a model.
+
+    Raises:
+        MissingError: it is missing or damaged; `hint` is for the first.
+    """
     if not path.is_file():
         raise MissingError(f"model {path.parent}: {path.name} is missing", hint=hint)
     try:
@@ -274,7 +301,7 @@ def _index(folder: Path) -> dict[str, str]:
                 hint="convert it to safetensors on a machine where you trust it: model.save_pretrained(FOLDER)",
             )
         raise MissingError(f"model {folder}: {_WEIGHTS} is missing")
-    placed = _json_object(folder / _INDEX, "").get("weight_map")
+    placed = json_object(folder / _INDEX, "").get("weight_map")
     if not (
         isinstance(placed, dict)
         and placed
@@ -334,18 +361,8 @@ def _names(count: int) -> list[str]:
     return [_WEIGHTS] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
 
 
-def _encoded_header(shard: Sequence[TensorSpec]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for spec in shard:
-        header[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [end, end := end + spec.bytes],
-        }
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded
+def _encoded_header(shard: Sequence[TensorSpec], about: Mapping[str, str] | None = None) -> bytes:
+    return header([(spec.name, spec.dtype, spec.shape) for spec in shard], {"format": "pt", **(about or {})})
 
 
 def _encoded_index(shards: Sequence[Sequence[TensorSpec]], names: Sequence[str]) -> bytes:
