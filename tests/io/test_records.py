@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_a_saved_dataset_directory_is_an_input(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_without_a_network_is_missing_not_a_traceback(pomona, tmp_path: Path) -> None:
-    done = pomona("alpagasus-filter", "hf:nobody/nothing", "--judge", "local", env={"HF_DATASETS_OFFLINE": "1"})
+    done = pomona("alpagasus-filter", "hf:nobody/nothing", "--judge", "local")
     assert done.returncode == 5, done.stderr
     assert b"nobody/nothing" in done.stderr
 
@@ -287,3 +288,18 @@ def test_what_is_nested_too_deeply_is_bad_data(tmp_path: Path) -> None:
         list(read([str(tmp_path / "a.json")]))
     (tmp_path / "a.jsonl").write_text(f'{{"n": {10**20}, "a": {deep}}}\n{{"a": {deep}}}\n')
     assert [isinstance(item, Reject) for item in read([str(tmp_path / "a.jsonl")])] == [True, True]
+
+
+def test_a_parquet_file_of_large_values_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    values = [os.urandom(2**18) for _ in range(4)]
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema({"image": pa.binary()})) as writer:
+        for _ in range(40):
+            writer.write_table(pa.table({"image": values}))
+    digests: list[Digest] = []
+    before, largest = pa.total_allocated_bytes(), 0
+    for number, item in enumerate(read([str(tmp_path / "a.parquet")], digests=digests), 1):
+        largest = max(largest, pa.total_allocated_bytes() - before)
+        assert isinstance(item, Located) and item.record["image"] == values[(number - 1) % 4]
+    assert number == 160
+    assert largest < 20 * 2**20
+    assert digests[0].size == (tmp_path / "a.parquet").stat().st_size

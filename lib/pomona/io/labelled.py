@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,6 +11,8 @@ from typing import Any
 
 from pomona.errors import DataError
 from pomona.io.records import Located, Reject, read
+
+Label = str | int
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ def read_labelled(
             found.append(_label(what, label_field, names))
     if not texts:
         raise DataError(f"{path}: there are no records")
-    ordered = list(names) if names is not None else _ordered(set(found))
-    places = {name: place for place, name in enumerate(ordered)}
-    return Labelled(texts, [places[name] for name in found], ordered)
+    known = list(names) if names is not None else ordered(set(found))
+    places = {name: place for place, name in enumerate(known)}
+    return Labelled(texts, [places[name] for name in found], known)
 
 
 def _segments(what: Located, fields: Sequence[str]) -> tuple[str, ...]:
@@ -71,21 +74,39 @@ def _segments(what: Located, fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def _label(what: Located, field: str, names: Sequence[str] | None) -> str:
-    value = _value(what, field, "--label-field")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # how tables with gaps keep whole numbers
-    if not isinstance(value, str | int) or value == "":
+    try:
+        label = label_of(_value(what, field, "--label-field"))
+        if label is None:
+            raise ValueError(f"holds no label but {what.record[field]!r:.40}")
+    except ValueError as error:
         raise DataError(
-            f'{what.source}:{what.line}: field "{field}" holds no label but {value!r:.40}',
+            f'{what.source}:{what.line}: field "{field}" {error}',
             hint="a label is a text, a whole number, true or false",
-        )
-    name = str(value).lower() if isinstance(value, bool) else str(value)
+        ) from error
+    name = str(label)
     if names is not None and name not in names:
         raise DataError(
             f'{what.source}:{what.line}: label "{name:.40}" is not among those to learn',
             hint=f"they are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}",
         )
     return name
+
+
+def label_of(value: object) -> Label | None:
+    """A label as records hold it: text, a whole number or a truth value; None where there is none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # how tables with gaps keep whole numbers
+    if isinstance(value, str | int):
+        return value
+    raise ValueError(f"holds no label but {value!r:.40}")
 
 
 def _value(what: Located, field: str, option: str) -> Any:
@@ -98,9 +119,10 @@ def _value(what: Located, field: str, option: str) -> Any:
     return what.record[field]
 
 
-def _ordered(names: set[str]) -> list[str]:
+def ordered(names: set[str]) -> list[str]:
+    """Labels in order: by value where all are whole numbers, else by their characters."""
     try:
-        return sorted(names, key=int)
+        return sorted(names, key=lambda name: (int(name), name))  # 1 and 01 are two labels
     except ValueError:
         return sorted(names)
 

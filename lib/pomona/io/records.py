@@ -29,6 +29,7 @@ Format = Literal["auto", "jsonl", "json", "csv", "parquet", "dataset"]
 
 MAX_RECORD_BYTES = 64 * 2**20
 _CHUNK = 2**20
+_BATCH = 2**23  # bytes of Parquet made into records at a time
 _BIG_INTEGER = re.compile(rb"\d{19}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -104,7 +105,7 @@ def _file(name: str, format: Format, limit: int, digests: list[Digest] | None) -
         # Python's own stdin object aborts the interpreter when a thread still waits in it at the end.
         raw: BinaryIO = open(0 if name == "-" else name, "rb", closefd=name != "-")  # noqa: SIM115
     except FileNotFoundError as error:
-        raise MissingError(f"{name}: no such file", hint=_near(Path(name))) from error
+        raise MissingError(f"{name}: no such file", hint=near(Path(name))) from error
     except OSError as error:
         raise MissingError(f"{name}: {error.strerror}") from error
     digest = Digest(source, 0, hashlib.sha256())
@@ -118,7 +119,10 @@ def _file(name: str, format: Format, limit: int, digests: list[Digest] | None) -
             plain = _decompressed(stream, head)
             start = plain.peek(4096)
             kind = format if format != "auto" else _layout(name, start)
-            yield from _LAYOUTS[kind](plain, source, limit)
+            if kind == "parquet" and plain is stream and is_regular(name):
+                yield from _rows(name, source)
+            else:
+                yield from _LAYOUTS[kind](plain, source, limit)
             while rest := raw.read(_CHUNK):  # what the layout did not need still counts in the digest
                 digest.update(rest)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -321,22 +325,31 @@ def _csv(stream: io.BufferedReader, source: str, limit: int) -> Iterator[Located
 def _parquet(stream: io.BufferedReader, source: str, limit: int) -> Iterator[Located | Reject]:
     import tempfile
 
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     # The index of a Parquet file stands at its end, so a pipe goes through a temporary file.
     with tempfile.TemporaryFile() as spool:
         while chunk := stream.read(_CHUNK):
             spool.write(chunk)
         spool.seek(0)
-        try:
+        yield from _rows(spool, source)
+
+
+def _rows(file: Any, source: str) -> Iterator[Located]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # By default the bytes of every column that has been begun are kept.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK) as table:
+            about = table.metadata
+            size = sum(about.row_group(place).total_byte_size for place in range(about.num_row_groups))
+            rows = _BATCH * about.num_rows // max(size, 1)  # of images, a thousand would be too many to hold
             number = 0
-            for batch in pq.ParquetFile(spool).iter_batches(batch_size=1024):
+            for batch in table.iter_batches(batch_size=min(max(rows, 1), 1024)):
                 for row in batch.to_pylist():
                     number += 1
                     yield Located(row, source, number)
-        except pa.ArrowException as error:
-            raise DataError(f"{source}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    except pa.ArrowException as error:
+        raise DataError(f"{source}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _dataset_directory(path: Path) -> Iterator[Located | Reject]:
@@ -385,7 +398,7 @@ def _shown(raw: bytes) -> str:
     return raw[:80].decode("utf-8", "replace").rstrip()
 
 
-def _near(path: Path) -> str | None:
+def near(path: Path) -> str | None:
     """A file beside `path` with a similar name."""
     import difflib
 

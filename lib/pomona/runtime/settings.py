@@ -15,14 +15,17 @@ class Settings:
 
     model: Annotated[
         str | None,
-        "model: smollm2 (embedded), a local directory, a GGUF file or a hub id; the model's name at a remote endpoint",
+        "model: an embedded one (`pomona models` lists them), a local directory, a GGUF file or a hub id; the model's "
+        "name at a remote endpoint",
     ] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:N or mps"] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         "number format of the model; auto is bfloat16 where the hardware has it, else float32",
     ] = "auto"
-    batch_size: Annotated[int | None, "most sequences in one batch; by default the token budget alone decides"] = None
+    batch_size: Annotated[int | None, "most sequences or images in one batch; by default memory and speed decide"] = (
+        None
+    )
     seed: Annotated[int, "seed of everything random"] = 0
     limit: Annotated[int | None, "read only the first N records"] = None
     overwrite: Annotated[bool, "replace an existing output and forget an earlier run's journal"] = False
