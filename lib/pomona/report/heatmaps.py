@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pomona.report.canvas import drawable, text_width
+from pomona.report.canvas import canvas, drawable, text_width
 from pomona.report.colour import MIDDLE, luminance
 from pomona.report.frame import SMALL, array, figure_of, put_title, say_empty
 from pomona.report.ticks import brief, ends, numbers, ticks
@@ -17,12 +17,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_LONGEST = 24  # characters of a name
+_APART = 0.08  # inches between names side by side
+_SLANT = math.sin(math.radians(45))
+
+
 @dataclass(frozen=True)
 class HeatMap:
-    """Values in rows, drawn from the top; None where there is none."""
+    """Values in rows, drawn from the top; None where there is none.
+
+    Attributes:
+        row_names, column_names: of all rows and columns; without them they are numbered from 0.
+    """
 
     title: str
     values: Sequence[Sequence[float | None]]
+    row_names: Sequence[str] | None = None
+    column_names: Sequence[str] | None = None
 
 
 def heat_maps(
@@ -34,13 +45,19 @@ def heat_maps(
     y_label: str,
     scale_label: str,
     columns: int = 3,
+    signed: bool = False,
 ) -> None:
     """Write `stem`.png and `stem`.svg: `maps` in a grid of `columns`, all on one scale of colours.
 
-    Rows and columns are numbered from 0. Cells of small maps also have their number.
+    Cells of small maps also have their number. Names of columns that are too long to stand side by side stand aslant;
+    of many rows or columns, only some are named.
+
+    Args:
+        signed: the values are differences, and 0 is the middle of the scale.
 
     Raises:
         OutputError: a file cannot be written.
+        ValueError: a map has more or fewer names than rows or columns.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -50,20 +67,29 @@ def heat_maps(
     known = [float(value) for grid in grids for value in grid.ravel() if not math.isnan(value)]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     low = 0.0 if 0 < low < high / 4 else low
+    if signed:
+        high = max(high, -low)
+        low = -high
     darkest, lightest = (low, high) if high > low else ends([low], log=False)
     scale = Normalize(darkest, lightest)
-    colours = colormaps["viridis"]
+    colours = colormaps["RdBu_r" if signed else "viridis"]
     rows, wide = (max((grid.shape[axis] for grid in grids), default=1) for axis in (0, 1))
     annotated = rows <= 16 and wide <= 12
-    box = _box(rows, wide, annotated)
+    box = _box(rows, wide, annotated, any(heat.row_names or heat.column_names for heat in maps))
     across = max(1, min(columns, len(maps)))
     down = max(1, math.ceil(len(maps) / across))
     absent = any(math.isnan(value) for grid in grids for value in grid.ravel())
-    size = (across * (box[0] + 0.75) + 1.0, down * (box[1] + 0.85))
+    measure, cell = canvas(1, 1), box[0] / max(1, wide)
+    named = [_Names.of(heat, grid.shape, measure, cell) for heat, grid in zip(maps, grids, strict=True)]
+    rooms = [names.room(measure) for names in named]
+    left, below = (max((room[side] for room in rooms), default=0.0) for side in (0, 1))
+    size = (across * (box[0] + 0.75 + left) + 1.0, down * (box[1] + 0.85 + below))
     with figure_of(stem, title, size, (), "hatched: no value" if absent else None) as figure:
         every = [figure.add_subplot(down, across, place + 1) for place in range(len(maps))]
-        for place, (axes, heat, grid) in enumerate(zip(every, maps, grids, strict=True)):
+        for place, (axes, heat, grid, names) in enumerate(zip(every, maps, grids, named, strict=True)):
             _draw_map(figure, axes, grid, scale, colours, annotated, box)
+            if grid.size:
+                names.put(axes, box)
             put_title(figure, axes, heat.title, box[0], 0)
             if place % across == 0:
                 axes.set_ylabel(drawable(y_label))
@@ -90,9 +116,9 @@ def _grid(values: Sequence[Sequence[float | None]]) -> NDArray[Any]:
     return grid
 
 
-def _box(rows: int, wide: int, annotated: bool) -> tuple[float, float]:
+def _box(rows: int, wide: int, annotated: bool, named: bool) -> tuple[float, float]:
     """Inches of one map."""
-    cell = (0.44, 0.27) if annotated else (0.24, 0.115)
+    cell = (0.44, 0.27) if annotated else (0.36, 0.2) if named else (0.24, 0.115)
     return min(6.0, max(1.6, wide * cell[0])), min(5.0, max(1.1, rows * cell[1]))
 
 
@@ -111,10 +137,6 @@ def _draw_map(
     axes.set_ylim(rows, 0)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    for count, room, place in ((wide, box[0] / 0.27, axes.set_xticks), (rows, box[1] / 0.2, axes.set_yticks)):
-        step = next(step for step in _steps() if count / step <= room)
-        place([n + 0.5 for n in range(0, count, step)], [f"{n:,}" for n in range(0, count, step)])
-    axes.tick_params(labelsize=SMALL)
     if annotated:
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
@@ -122,6 +144,45 @@ def _draw_map(
                 said = brief(float(value))
                 size = min(SMALL - 0.5, (SMALL - 0.5) * (box[0] / wide - 0.05) / text_width(figure, said, SMALL))
                 axes.text(column + 0.5, row + 0.5, said, ha="center", va="center", fontsize=size, color=ink)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What stands beside the rows of a map, and below its columns."""
+
+    rows: list[str]
+    columns: list[str]
+    aslant: bool
+
+    @classmethod
+    def of(cls, heat: HeatMap, shape: tuple[int, int], measure: Any, cell: float) -> _Names:
+        """Names of `heat`, aslant where one of its columns' is wider than a cell."""
+        found = []
+        for names, count, what in zip((heat.row_names, heat.column_names), shape, ("rows", "columns"), strict=True):
+            if names is not None and len(names) != count:
+                raise ValueError(f"{len(names)} names of {count} {what}")
+            found.append([f"{n:,}" for n in range(count)] if names is None else [drawable(n, _LONGEST) for n in names])
+        widest = max((text_width(measure, name, SMALL) for name in found[1]), default=0.0)
+        return cls(found[0], found[1], heat.column_names is not None and widest > cell - _APART)
+
+    def room(self, measure: Any) -> tuple[float, float]:
+        """Inches that they take beyond what a number would, to the left and below."""
+        wide, high = (max((text_width(measure, n, SMALL) for n in names), default=0.0) for names in self._sides())
+        return max(0.0, wide - 0.3), max(0.0, high * _SLANT - 0.1) if self.aslant else 0.0
+
+    def put(self, axes: Any, box: tuple[float, float]) -> None:
+        """Name as many as there is room for."""
+        lines = (axes.set_yticks, box[1] / 0.2), (axes.set_xticks, box[0] / (0.19 if self.aslant else 0.27))
+        for names, (place, most) in zip(self._sides(), lines, strict=True):
+            step = next(step for step in _steps() if len(names) / step <= most)
+            place([n + 0.5 for n in range(0, len(names), step)], names[::step])
+        axes.tick_params(labelsize=SMALL)
+        if self.aslant:
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, rotation_mode="anchor", ha="right", va="center")
+
+    def _sides(self) -> tuple[list[str], list[str]]:
+        return self.rows, self.columns
 
 
 def _steps() -> Iterator[int]:
