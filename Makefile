@@ -36,7 +36,7 @@ test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow -s
+	POMONA_TESTS_COLD=1 $(BIN)/python -m pytest -m slow -s
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

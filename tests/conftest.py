@@ -1,4 +1,4 @@
-"""What every test may use: the real command in a subprocess, and data that may be absent."""
+"""What every test may use: the real command in a process of its own, and data that may be absent."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import warm
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A test run that was started in the background would hand its deafness down to every command it tests.
@@ -40,20 +42,13 @@ def command(*args: str | Path) -> list[str]:
 
 @pytest.fixture
 def pomona(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """Run ``pomona ARGS`` in a fresh process in `tmp_path`; bytes in, bytes out."""
+    """Run ``pomona ARGS`` in a process of its own in `tmp_path`; bytes in, bytes out."""
 
-    def run(*args: str | Path, stdin: bytes | None = b"", env: dict[str, str] | None = None, **more: Any) -> Any:
-        return subprocess.run(
-            command(*args),
-            input=stdin,
-            capture_output=True,
-            timeout=240,
-            cwd=more.pop("cwd", tmp_path),
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
-            **more,
-        )
+    def go(*args: str | Path, stdin: bytes | None = b"", env: dict[str, str] | None = None, **more: Any) -> Any:
+        surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        return warm.run(command(*args), stdin, env=surroundings, **{"cwd": tmp_path, **more})
 
-    return run
+    return go
 
 
 @pytest.fixture(scope="session")

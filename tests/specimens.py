@@ -1,5 +1,7 @@
 """One working invocation per command, so that the contract tests can run them all.
 
+The commands that are not heavy start cold in every contract, the others warm (see `warm`).
+
 A new command needs an entry here; `test_contract` fails until it has one.
 """
 
@@ -71,7 +73,9 @@ class DirectorySpecimen:
     quick: Callable[[Path], list[str]]
     slow: Callable[[Path, Path], list[str]]  # long enough to be interrupted
     inputs: int = 1
+    heavy: bool = True  # the quick run loads torch
     keeps: bool = True  # what an interrupted run has done is kept in its journal; otherwise it begins again
+    leaves: frozenset[str] = frozenset()  # what it leaves beside the journal, where -o is "out"
 
 
 def _exam(folder: Path) -> list[str]:
@@ -80,7 +84,7 @@ def _exam(folder: Path) -> list[str]:
 
 def _long_exam(folder: Path, model: Path) -> list[str]:
     options = ["--strategy", "cot", "--max-tokens", "60", "--thought-tokens", "40", "--dtype", "float32"]
-    return [_questions(folder, 120), "--model", str(model), *options, "--judge", "match", "--batch-size", "4"]
+    return [_questions(folder, 60), "--model", str(model), *options, "--judge", "match", "--batch-size", "4"]
 
 
 def _questions(folder: Path, count: int) -> str:
@@ -96,7 +100,7 @@ def _separation(folder: Path) -> list[str]:
 
 
 def _long_separation(folder: Path, model: Path) -> list[str]:
-    return ["--study", "separation", "--sweep", "m=20,21", "--trials", "20000", "--jobs", "2"]
+    return ["--study", "separation", "--sweep", "m=20,21", "--trials", "8000", "--jobs", "2"]
 
 
 def _adapters(folder: Path) -> list[str]:
@@ -125,8 +129,22 @@ def _long_conversion(folder: Path, model: Path) -> list[str]:
     return [*_dense(folder), "--train", "texts.jsonl", "--steps", "60", "--batch-size", "4", "--max-length", "32"]
 
 
+def _digits(folder: Path) -> list[str]:
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    few = (images[:60] * 15.9).astype(np.uint8).reshape(-1, 8, 8)
+    np.savez(folder / "digits.npz", images=few, labels=labels[:60])
+    return ["digits.npz", "--probe", "linear", "--shots", "1", "--draws", "2"]
+
+
+def _long_extraction(folder: Path, model: Path) -> list[str]:
+    return ["builtin:digits", "--noise-average", "8", "--shard-size", "20", "--batch-size", "8", "--dtype", "float32"]
+
+
 DIRECTORIES = {
-    "nlpbench-eval": DirectorySpecimen(_exam, _long_exam),
+    "nlpbench-eval": DirectorySpecimen(_exam, _long_exam, heavy=False),
     "attn-compare": DirectorySpecimen(_separation, _long_separation, inputs=0),
     "mera-merge": DirectorySpecimen(_adapters, _long_merge, inputs=2),
     "meo-convert": DirectorySpecimen(_dense, _long_conversion, keeps=False),

@@ -181,16 +181,31 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job is not to hear Ctrl-C
             signal.signal(number, _interrupt)
     if "--debug" not in sys.argv:
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        hush()
     try:
         build_app()(prog_name="pomona")
     except SystemExit as end:
         _end_in_a_launch(end)
         raise
+    finally:
+        _forget_a_dead_standard_error()
+
+
+def _forget_a_dead_standard_error() -> None:
+    """What could not be said must not be tried again when the interpreter ends, which would make the exit code 120."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def hush() -> None:
+    """Keep warnings and progress of other packages from standard error; they look when they are imported."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _end_in_a_launch(end: SystemExit) -> None:

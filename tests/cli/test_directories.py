@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from conftest import ROOT, command
 from pomona.runtime.settings import Settings
 from pomona_cli.directory import DirectoryCommand
@@ -30,6 +32,7 @@ def run(pomona, tmp_path: Path, tiny_model: Path) -> Any:
     def go(name: str, *args: str, output: str | None = "out", quick: bool = True, **more: Any) -> Any:
         specimen = DIRECTORIES[name]
         made = specimen.quick(tmp_path) if quick else specimen.slow(tmp_path, tiny_model)
+        more = {"cold": not specimen.heavy, **more}
         return pomona(name, *made, *args, *(["-o", output] if output else []), **more)
 
     return go
@@ -172,11 +175,14 @@ def test_a_hostile_configuration_is_a_usage_error(pomona, tmp_path: Path, conten
 
 
 @every_directory
-@pytest.mark.parametrize(
-    "args", [["--limit", "-1"], ["--overwrite", "--resume"], ["-q", "-v"], ["--batch-size", "0"], ["-o", "-"]]
-)
+@pytest.mark.parametrize("args", [["--limit", "-1"], ["--overwrite", "--resume"], ["-q", "-v"], ["--batch-size", "0"]])
 def test_options_out_of_range_or_at_odds_are_usage_errors(name: str, run, args: list[str]) -> None:
     assert run(name, *args, output=None).returncode == 2
+
+
+@pytest.mark.parametrize("name", [cli.name for cli in EVERY if not cli.file_suffixes])
+def test_a_directory_is_not_written_to_standard_output(name: str, run) -> None:
+    assert run(name, "-o", "-", output=None).returncode == 2
 
 
 @every_directory
@@ -208,11 +214,16 @@ def test_a_stray_print_cannot_reach_standard_output(name: str, run, tmp_path: Pa
 
 
 @every_directory
-def test_closed_and_full_ends_of_standard_output(name: str, tmp_path: Path) -> None:
-    line = " ".join(f"'{word}'" for word in command(name, *DIRECTORIES[name].quick(tmp_path)))
-    shell = ["bash", "-c", f"{line} -q -o a | true; echo ${{PIPESTATUS[0]}}; {line} -q -o b > /dev/full; echo $?"]
-    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, stdin=subprocess.DEVNULL)
-    assert done.stdout == b"0\n6\n", done.stderr
+def test_closed_and_full_ends_of_standard_output(name: str, pomona, tmp_path: Path) -> None:
+    arguments = [name, *DIRECTORIES[name].quick(tmp_path), "-q", "-o"]
+    cold = not DIRECTORIES[name].heavy
+    reader, closed = os.pipe()
+    os.close(reader)
+    with os.fdopen(closed, "wb", 0) as nobody, Path("/dev/full").open("wb", 0) as full:
+        done = pomona(*arguments, "a", stdout=nobody, cold=cold)
+        assert (done.returncode, done.stderr) == (0, b"")
+        done = pomona(*arguments, "b", stdout=full, cold=cold)
+    assert done.returncode == 6
     assert done.stderr.splitlines() == [
         f"pomona {name}: error: cannot write standard output: no space left on the device".encode()
     ]
@@ -230,22 +241,36 @@ def test_a_full_disk_leaves_no_directory(name: str, tmp_path: Path) -> None:
 
 def _repeatable(stdout: bytes) -> dict[str, Any]:
     """The one summary line without what no run can repeat."""
-    return {name: value for name, value in json.loads(stdout).items() if name != "peak_rss_mb"}
+    return {name: value for name, value in json.loads(stdout).items() if name not in ("peak_rss_mb", "seconds")}
 
 
 def _lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Any:
+    """The files of a command's slow run, and what its manifest says of them; from a cold start."""
+
+    @functools.cache
+    def find(name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("whole")
+        words = command(name, *DIRECTORIES[name].slow(folder, tiny_model), "-o", "out")
+        subprocess.run(words, cwd=folder, env=warm.SURROUNDINGS, check=True, capture_output=True)
+        found = contents(folder / "out")
+        return found, json.loads(found.pop("manifest"))["files"]
+
+    return find
+
+
 @every_directory
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_a_signal_ended_resumes_to_the_same_bytes(
-    name: str, number: int, tmp_path: Path, tiny_model: Path
+    name: str, number: int, pomona, uninterrupted, tmp_path: Path, tiny_model: Path
 ) -> None:
     arguments = DIRECTORIES[name].slow(tmp_path, tiny_model)
-    subprocess.run(command(name, *arguments, "-o", "whole/out"), cwd=tmp_path, check=True, capture_output=True)
     resumed = command(name, *arguments, "-o", "out", "--resume")
-    process = subprocess.Popen(resumed, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = warm.start(resumed, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     keeps = DIRECTORIES[name].keeps
     while not (_lines(tmp_path / "out.journal") >= 3 if keeps else list(tmp_path.glob(".out*/*.safetensors"))):
         assert process.poll() is None
@@ -254,13 +279,13 @@ def test_a_run_that_a_signal_ended_resumes_to_the_same_bytes(
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == -number and b"Traceback" not in stderr
     left = {p.name for p in tmp_path.iterdir() if "out" in p.name}
-    kept = {"out.journal"} if keeps else set()
+    kept = {"out.journal", *DIRECTORIES[name].leaves} if keeps else set()
     assert left == kept or (number == signal.SIGKILL and left >= kept and "out" not in left)
-    done = subprocess.run(resumed, cwd=tmp_path, capture_output=True)
+    done = pomona(*resumed[3:])
     assert done.returncode == 0, done.stderr
-    first, second = contents(tmp_path / "whole/out"), contents(tmp_path / "out")
-    results = [json.loads(found.pop("manifest"))["files"] for found in (first, second)]
-    assert first == second and results[0] == results[1]
+    second = contents(tmp_path / "out")
+    manifest = json.loads(second.pop("manifest"))
+    assert second == uninterrupted(name)[0] and manifest["files"] == uninterrupted(name)[1]
     assert {p.name for p in tmp_path.iterdir() if "out" in p.name} == {"out"}
 
 
@@ -283,3 +308,14 @@ def test_a_link_to_a_directory_is_written_through(name: str, run, tmp_path: Path
     after = contents(tmp_path / "real")
     assert (tmp_path / "link").is_symlink() and {**after, "manifest": b""} == {**before, "manifest": b""}
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["features.csv", "features.JSON", "features.npy.gz", "features.pt"])
+def test_a_file_of_a_kind_that_is_not_written_does_not_become_a_directory(name: str, pomona) -> None:
+    done = pomona("diffeat-extract", "-n", "-o", name)
+    assert (done.returncode, done.stdout) == (2, b"") and b"ends in .parquet, .npy, .safetensors" in done.stderr
+
+
+def test_a_dash_is_standard_output_for_a_command_that_streams(pomona) -> None:
+    done = pomona("diffeat-extract", "-o", "-", "--limit", "2")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import warm
 from conftest import command
 from specimens import COMMANDS, RECORDS, SPECIMENS, STREAMS, jsonl
 
@@ -24,42 +27,63 @@ def invocation(name: str, folder: Path, model: Path) -> str:
     return " ".join(f"'{word}'" for word in command(name, "-", *SPECIMENS[name].options(folder, model)))
 
 
+@pytest.fixture
+def start(tmp_path: Path, tiny_model: Path) -> Any:
+    """Start a stream command on records, or on another standard input, with pipes for the other streams."""
+
+    def go(name: str, *args: str, records: list[dict[str, Any]] = RECORDS, **streams: Any) -> subprocess.Popen[bytes]:
+        words = command(name, "-", *SPECIMENS[name].options(tmp_path, tiny_model), *args)
+        (tmp_path / "in.jsonl").write_bytes(jsonl(records))
+        with (tmp_path / "in.jsonl").open("rb") as source:
+            streams = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+            return warm.start(words, not SPECIMENS[name].heavy, cwd=tmp_path, **streams)
+
+    return go
+
+
+def first_line(process: subprocess.Popen[bytes]) -> bytes:
+    """What ``head -1`` would show; nobody reads the rest."""
+    assert process.stdout is not None
+    with process.stdout:
+        return process.stdout.readline()
+
+
 @every_stream
 @pytest.mark.parametrize("count", [3, 40])
-def test_a_reader_that_leaves_early_is_no_error(name: str, count: int, tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS[:count]))
-    line = f"{invocation(name, tmp_path, tiny_model)} < in.jsonl | head -1; echo ${{PIPESTATUS[0]}} >&2"
-    done = shell(line, tmp_path)
-    assert done.stdout.count(b"\n") == 1
-    assert done.stderr.splitlines()[-1] == b"0"
-    assert b"Traceback" not in done.stderr and b"roken" not in done.stderr and b"Exception" not in done.stderr
+def test_a_reader_that_leaves_early_is_no_error(name: str, count: int, start: Any) -> None:
+    with start(name, records=RECORDS[:count]) as process:
+        assert first_line(process)
+        told = process.stderr.read()
+    assert process.returncode == 0
+    assert b"Traceback" not in told and b"roken" not in told and b"Exception" not in told
 
 
 @every_stream
-def test_an_endless_input_gives_its_first_record_at_once(name: str, tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "one.jsonl").write_bytes(jsonl(RECORDS[:1]))
-    line = f'yes "$(cat one.jsonl)" | {invocation(name, tmp_path, tiny_model)} | head -1'
-    done = shell(line, tmp_path)
-    assert done.stdout.count(b"\n") == 1, done.stderr
-    assert done.returncode in (0, 141)  # yes itself dies of the closed pipe
-    assert b"pomona" not in done.stderr
+def test_an_endless_input_gives_its_first_record_at_once(name: str, start: Any) -> None:
+    record = jsonl(RECORDS[:1]).decode().strip()
+    endless = subprocess.Popen(["yes", record], stdout=subprocess.PIPE)
+    with endless, start(name, stdin=endless.stdout) as process:
+        endless.stdout.close()
+        assert first_line(process)
+        told = process.stderr.read()
+    assert (process.returncode, endless.returncode) == (0, -signal.SIGPIPE)
+    assert b"pomona" not in told
 
 
 @every_stream
-def test_two_commands_in_a_pipe(name: str, tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
-    other = next(other for other in STREAMS if other != name)
-    line = f"{invocation(other, tmp_path, tiny_model)} < in.jsonl | {invocation(name, tmp_path, tiny_model)} | wc -l"
-    done = shell(line, tmp_path)
-    assert (done.returncode, int(done.stdout)) == (0, len(RECORDS)), done.stderr
+def test_two_commands_in_a_pipe(name: str, start: Any) -> None:
+    with start(next(other for other in STREAMS if other != name)) as first, start(name, stdin=first.stdout) as second:
+        first.stdout.close()
+        stdout, stderr = second.communicate()
+    assert (first.returncode, second.returncode, stdout.count(b"\n")) == (0, 0, len(RECORDS)), stderr
 
 
 @every_stream
-def test_a_full_disk_is_code_6_in_one_line(name: str, tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
-    done = shell(f"{invocation(name, tmp_path, tiny_model)} -q < in.jsonl > /dev/full", tmp_path)
-    assert done.returncode == 6
-    assert done.stderr.splitlines() == [
+def test_a_full_disk_is_code_6_in_one_line(name: str, start: Any) -> None:
+    with Path("/dev/full").open("wb", 0) as full, start(name, "-q", stdout=full) as process:
+        told = process.stderr.read()
+    assert process.returncode == 6
+    assert told.splitlines() == [
         f"pomona {name}: error: cannot write standard output: no space left on the device".encode()
     ]
 
@@ -74,13 +98,13 @@ def test_help_survives_closed_and_full_ends(args: str, tmp_path: Path) -> None:
 
 
 @every_stream
-def test_without_standard_error_it_still_works(name: str, tmp_path: Path, tiny_model: Path) -> None:
-    (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS))
-    done = shell(f"{invocation(name, tmp_path, tiny_model)} < in.jsonl 2> /dev/full | wc -l", tmp_path)
-    assert (done.returncode, int(done.stdout)) == (0, len(RECORDS))
+def test_without_standard_error_it_still_works(name: str, start: Any) -> None:
+    with Path("/dev/full").open("wb", 0) as full, start(name, stderr=full) as process:
+        written = process.stdout.read()
+    assert (process.returncode, written.count(b"\n")) == (0, len(RECORDS))
 
 
-@every_stream
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * SPECIMENS[n].heavy) for n in STREAMS])
 def test_in_make_a_failed_command_leaves_no_target(name: str, tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(jsonl(RECORDS) + b"{broken\n")
     (tmp_path / "Makefile").write_text(

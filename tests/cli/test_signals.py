@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from conftest import command
 from specimens import RECORDS, SPECIMENS, STREAMS, jsonl
 
@@ -24,8 +25,9 @@ every_stream = pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_what_the_process_dies_by(name: str, number: int, tmp_path: Path, tiny_model: Path) -> None:
     options = SPECIMENS[name].options(tmp_path, tiny_model)
-    process = subprocess.Popen(
+    process = warm.start(
         command(name, "-", *options, "-o", "out.jsonl"),
+        not SPECIMENS[name].heavy,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -67,6 +69,8 @@ def test_a_signal_counts_even_where_its_exception_is_swallowed(swallowed: str, t
     (tmp_path / "sitecustomize.py").write_text(
         "import time\n"
         "import pomona.io.stream as s\n"
+        "import pomona_cli.main as m\n"
+        "m._CLEANING_UP_S = 1.0\n"
         "def emit(self, record):\n"
         "    open('here', 'w').close()\n"
         "    try:\n"
@@ -140,10 +144,15 @@ def kill_and_resume(name: str, kills: int, records: int, folder: Path, model: Pa
     ]
     (folder / "in.jsonl").write_bytes(jsonl(many))
     options = [*SPECIMENS[name].options(folder, model), *more]
+    cold = not SPECIMENS[name].heavy
+
+    def run(output: str, cold: bool = cold) -> subprocess.CompletedProcess[bytes]:
+        return warm.run(command(name, "in.jsonl", *options, "-o", output, "--resume"), cold=cold, cwd=folder)
+
+    assert run("whole.jsonl", cold=True).returncode == 0
+    warm.run(command("methods"))  # so that the next start is a warm one
     started = time.monotonic()
-    subprocess.run(
-        command(name, "in.jsonl", *options, "-o", "whole.jsonl"), cwd=folder, check=True, capture_output=True
-    )
+    run("timed.jsonl")
     length = time.monotonic() - started
     rng = random.Random(0)
     hit = 0
@@ -154,8 +163,9 @@ def kill_and_resume(name: str, kills: int, records: int, folder: Path, model: Pa
         # kills fall both early and late: within the first attempt, then within its resumption
         for phase in (0, 1):
             begun = time.monotonic()
-            process = subprocess.Popen(
+            process = warm.start(
                 command(name, "in.jsonl", *options, "-o", "cut.jsonl", "--resume"),
+                cold,
                 cwd=folder,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -169,9 +179,7 @@ def kill_and_resume(name: str, kills: int, records: int, folder: Path, model: Pa
             process.communicate()
             if (folder / "cut.jsonl").exists():
                 assert (folder / "cut.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes(), number
-        done = subprocess.run(
-            command(name, "in.jsonl", *options, "-o", "cut.jsonl", "--resume"), cwd=folder, capture_output=True
-        )
+        done = run("cut.jsonl")
         assert done.returncode == 0, done.stderr
         assert (folder / "cut.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes(), number
         assert json.loads((folder / "cut.jsonl.manifest.json").read_bytes())["state"] == "complete"
@@ -201,9 +209,8 @@ def test_resuming_a_finished_run_does_nothing_and_other_settings_are_refused(
     options = SPECIMENS[name].options(tmp_path, tiny_model)
 
     def run(*more: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            command(name, "in.jsonl", *options, "-o", "out.jsonl", *more), cwd=tmp_path, capture_output=True
-        )
+        words = command(name, "in.jsonl", *options, "-o", "out.jsonl", *more)
+        return warm.run(words, cold=not SPECIMENS[name].heavy, cwd=tmp_path)
 
     first = run()
     before = (tmp_path / "out.jsonl").stat()

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from conftest import command
 from loopback import CUT, HANG, HTML, RESET, Loopback, Reply, Seen, answer, ok, raw, status
 from specimens import jsonl
@@ -39,17 +40,17 @@ def judged(url: str, *more: str) -> list[str]:
 def surroundings() -> dict[str, str]:
     """This process's environment with a key and none of its proxies."""
     kept = {n: v for n, v in os.environ.items() if not n.lower().endswith("_proxy") and not n.startswith("OPENAI_")}
-    return {**kept, "OPENAI_API_KEY": KEY}
+    return {**kept, "OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
 
 
-def start(folder: Path, url: str, *more: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, url: str, *more: str, cold: bool = False) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(judged(url, *more), cwd=folder, env=surroundings(), stdout=pipe, stderr=pipe)
+    return warm.start(judged(url, *more), cold, cwd=folder, env=surroundings(), stdout=pipe, stderr=pipe)
 
 
-def run(folder: Path, url: str, *more: str) -> tuple[int, dict[str, Any], str]:
+def run(folder: Path, url: str, *more: str, cold: bool = False) -> tuple[int, dict[str, Any], str]:
     """Exit code, summary and standard error of a run to out.jsonl."""
-    process = start(folder, url, "-o", "out.jsonl", *more)
+    process = start(folder, url, "-o", "out.jsonl", *more, cold=cold)
     stdout, stderr = process.communicate(timeout=120)
     return process.returncode, json.loads(stdout or b"{}"), stderr.decode()
 
@@ -87,11 +88,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
-    """The output of an uninterrupted run against `rated`, and the tokens it cost."""
+    """The output of an uninterrupted run against `rated`, from a cold start, and the tokens it cost."""
     place = tmp_path_factory.mktemp("whole")
     (place / "in.jsonl").write_bytes(jsonl(RECORDS))
     with Loopback(rated) as server:
-        code, summary, stderr = run(place, server.url)
+        code, summary, stderr = run(place, server.url, cold=True)
         assert (code, summary["in"], server.calls, server.peak) == (0, 150, 150, CONCURRENCY), stderr
         assert sorted(journalled(place)) == sorted(seen.digest for seen in server.seen)
         return (place / "out.jsonl").read_bytes(), server.spent

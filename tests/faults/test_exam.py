@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from conftest import command
 from loopback import CUT, HANG, HTML, RESET, Loopback, Reply, Seen, ok, raw, status
 from methods.nlpbench_eval.examinee import Examinee, but
@@ -38,14 +39,14 @@ def exam(url: str, *more: str) -> list[str]:
     return command("nlpbench-eval", "d.jsonl", "--model", "openai:m", "--base-url", url, "-o", "run", *more)
 
 
-def start(folder: Path, url: str, *more: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, url: str, *more: str, cold: bool = False) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(exam(url, *more), cwd=folder, env=surroundings(), stdout=pipe, stderr=pipe)
+    return warm.start(exam(url, *more), cold, cwd=folder, env=surroundings(), stdout=pipe, stderr=pipe)
 
 
-def run(folder: Path, url: str, *more: str) -> tuple[int, dict[str, Any], str]:
+def run(folder: Path, url: str, *more: str, cold: bool = False) -> tuple[int, dict[str, Any], str]:
     """Exit code, summary and standard error."""
-    process = start(folder, url, *more)
+    process = start(folder, url, *more, cold=cold)
     stdout, stderr = process.communicate(timeout=200)
     assert b"Traceback" not in stderr, stderr.decode()
     return process.returncode, json.loads(stdout or b"{}"), stderr.decode()
@@ -77,11 +78,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The answers of a run without a fault."""
+    """The answers of a run without a fault, from a cold start."""
     place = tmp_path_factory.mktemp("whole")
     write(place / "d.jsonl", RECORDS)
     with Loopback(Examinee(RECORDS), latency=0.02) as server:
-        code, summary, stderr = run(place, server.url, *JUDGE)
+        code, summary, stderr = run(place, server.url, *JUDGE, cold=True)
         assert (code, server.calls, server.peak) == (0, 378, 32), stderr
         assert summary["accuracy"]["strict"]["value"] == 1.0
     return answers(place)
@@ -198,10 +199,8 @@ def test_a_dead_or_forbidden_endpoint_is_told_at_once(folder: Path) -> None:
 def test_a_budget_is_kept_and_a_larger_one_finishes_the_run(folder: Path, whole: bytes) -> None:
     """Spec check 19."""
     prices = ["--price-in", "10", "--price-out", "10", "--max-tokens", "50"]
-    plan = subprocess.run(
-        [*exam("http://127.0.0.1:1/v1", *prices), "-n"], cwd=folder, env=surroundings(), capture_output=True
-    )
-    cost = json.loads(plan.stdout)["cost"]
+    _, plan, _ = run(folder, "http://127.0.0.1:1/v1", *prices, "-n")
+    cost = plan["cost"]
     with Loopback(Examinee(RECORDS)) as server:
         code, summary, stderr = run(folder, server.url, *JUDGE, *prices, "--max-cost", str(cost / 2))
         assert code == 3 and summary["stopped"] == "budget" and "--resume" in stderr, stderr

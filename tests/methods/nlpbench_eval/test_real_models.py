@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import warm
 from conftest import ROOT, command
 from llama import llama_server
 
@@ -18,12 +18,14 @@ QUESTIONS = ROOT / "data/nlpbench/questions.jsonl"
 SIX = ["lm-cross-entropy", "cfg-strings", "pmi", "edit-distance", "polysemy", "cnf-steps"]
 
 
-def run(folder: Path, *args: str | Path, launcher: list[str] | None = None) -> tuple[int, dict[str, Any], str]:
+def run(
+    folder: Path, *args: str | Path, launcher: list[str] | None = None, cold: bool = False
+) -> tuple[int, dict[str, Any], str]:
     kept = {n: v for n, v in os.environ.items() if not n.lower().endswith("_proxy") and not n.startswith("OPENAI_")}
     line = command("nlpbench-eval", *args)
     if launcher is not None:
         line = [*launcher, *line[1:]]
-    done = subprocess.run(line, cwd=folder, env={**kept, "HF_HUB_OFFLINE": "1"}, capture_output=True, timeout=280)
+    done = warm.run(line, timeout=280, cold=cold, cwd=folder, env={**kept, "HF_HUB_OFFLINE": "1"})
     assert launcher is not None or b"Traceback" not in done.stderr, done.stderr.decode()
     return done.returncode, json.loads(done.stdout or b"{}"), done.stderr.decode()
 
@@ -66,10 +68,9 @@ def test_a_context_that_is_too_long_for_a_real_server_is_told_as_such(tmp_path: 
 @pytest.mark.parametrize("strategy", ["fs+sys", "sc", "tot"])
 def test_a_local_model_repeats_itself_whatever_is_drawn(strategy: str, tmp_path: Path, tiny_model: Path) -> None:
     options = ["--model", tiny_model, "--max-tokens", "12", "--thought-tokens", "8", "--limit", "8"]
-    for name in ("a/run", "b/run"):
-        code, _, stderr = run(
-            tmp_path, QUESTIONS, *options, "--strategy", strategy, "--judge", "match", "--dtype", "float32", "-o", name
-        )
+    options += ["--strategy", strategy, "--judge", "match", "--dtype", "float32"]
+    for name, cold in (("a/run", True), ("b/run", False)):
+        code, _, stderr = run(tmp_path, QUESTIONS, *options, "-o", name, cold=cold)
         assert code in (0, 3), stderr
     first, second = (tmp_path / name / "run" for name in ("a", "b"))
     for file in ("answers.jsonl", "transcripts.jsonl", "journal.jsonl", "report.html", "result.json"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from conftest import command
 from loopback import Loopback, Reply, Seen, ok
 from methods.nlpbench_eval.examinee import Examinee, but
@@ -35,10 +35,8 @@ def ask(tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any], str]]:
     """Run the command on d.jsonl; returns exit code, summary and standard error."""
     write(tmp_path / "d.jsonl", RECORDS)
 
-    def go(*args: str | Path, data: str = "d.jsonl") -> tuple[int, dict[str, Any], str]:
-        done = subprocess.run(
-            command("nlpbench-eval", data, *args), cwd=tmp_path, env=surroundings(), capture_output=True, timeout=240
-        )
+    def go(*args: str | Path, data: str = "d.jsonl", cold: bool = False) -> tuple[int, dict[str, Any], str]:
+        done = warm.run(command("nlpbench-eval", data, *args), cold=cold, cwd=tmp_path, env=surroundings())
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         return done.returncode, json.loads(done.stdout or b"{}"), done.stderr.decode()
 
@@ -88,9 +86,7 @@ def test_every_problem_of_the_data_is_in_the_message(ask: Any, tmp_path: Path) -
 
 
 def test_what_is_sent_can_be_seen_beforehand(ask: Any, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command("nlpbench-eval", "d.jsonl", "--show-prompts", "--strategy", "fs"), cwd=tmp_path, capture_output=True
-    )
+    done = warm.run(command("nlpbench-eval", "d.jsonl", "--show-prompts", "--strategy", "fs"), cwd=tmp_path)
     shown = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(shown) == len({r["group"] or r["id"] for r in RECORDS})
     with Loopback(Examinee(RECORDS)) as server:
@@ -315,8 +311,8 @@ def test_other_questions_or_settings_are_not_mixed_into_a_run(ask: Any, tmp_path
 
 def test_the_same_run_twice_gives_the_same_bytes(ask: Any, tmp_path: Path) -> None:
     with Loopback(Examinee(RECORDS, {r["id"] for r in RECORDS[::3]}), latency=0.001) as server:
-        for name in ("one", "two"):
-            assert ask(*at(server), "--strategy", "sc", "--judge", "openai:j", "-o", f"{name}/run")[0] == 0
+        for name, cold in (("one", True), ("two", False)):
+            assert ask(*at(server), "--strategy", "sc", "--judge", "openai:j", "-o", f"{name}/run", cold=cold)[0] == 0
     first, second = (
         {p.name: p.read_bytes() for p in (tmp_path / name / "run").iterdir() if p.name != "manifest.json"}
         for name in ("one", "two")
