@@ -148,4 +148,5 @@ DIRECTORIES = {
     "attn-compare": DirectorySpecimen(_separation, _long_separation, inputs=0),
     "mera-merge": DirectorySpecimen(_adapters, _long_merge, inputs=2),
     "meo-convert": DirectorySpecimen(_dense, _long_conversion, keeps=False),
+    "diffeat-extract": DirectorySpecimen(_digits, _long_extraction, leaves=frozenset({"out.shards"})),
 }
