@@ -50,6 +50,8 @@ bench: .venv/dev
 	$(BIN)/python tests/bench/nlpbench_eval.py
 	$(BIN)/python tests/bench/nlpbench_faults.py
 	$(BIN)/python tests/bench/attn_compare.py
+	$(BIN)/python tests/bench/diffeat_extract.py
+	$(BIN)/python tests/bench/diffeat_probe.py
 	$(BIN)/python tests/bench/meo_convert.py
 	$(BIN)/python tests/bench/mera_merge.py
 
