@@ -385,7 +385,8 @@ def test_text_that_is_no_unicode_is_a_failure_of_its_own(scorer: Scorer) -> None
 # --- several processes -----------------------------------------------------------------------------------------------
 
 _LAUNCHED = """
-import json, sys
+import json, os, sys
+import torch
 from pomona.io.journal import NoJournal
 from pomona.models.endpoint import Request
 from pomona.models.loading import load_causal_lm
@@ -396,7 +397,8 @@ from pomona.runtime.progress import Quiet
 scorer = load_causal_lm(sys.argv[1], Runtime.open("cpu", "float32"))
 if not scorer.runtime.is_main:
     scorer.runtime.serve()
-    sys.exit()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # as the command line does: threads of torch can abort an interpreter that ends beside them
 
 def chain(n):
     first = yield [Request((("user", f"{n} " * n),), 6, 0.8)]
@@ -406,7 +408,10 @@ def chain(n):
 model = LocalModel(scorer, NoJournal(), batch_size=3, progress=Quiet())
 found = list(model.conversations((n, chain(n)) for n in range(17)))
 scorer.runtime.close()
-print(json.dumps([scorer.runtime.world, found]))
+print(json.dumps([scorer.runtime.world, found]), flush=True)
+if scorer.runtime.world > 1:
+    torch.distributed.destroy_process_group()
+    os._exit(0)
 """
 
 

@@ -246,7 +246,9 @@ def test_every_merged_tensor_is_the_weighted_sum_in_float64(arch: str, tmp_path:
                 for n in range(4)
             ]
             expected = np.tensordot(share, np.stack(stacked), 1) * (scales[layer] if role == "down" else 1)
-            assert np.array_equal(after[name].numpy(), expected.astype(np.float32))
+            # The nearest float32, but for sums that lie between two: there the last bit of the float64 decides.
+            error = np.abs(after[name].double().numpy() - expected)
+            assert (error <= np.spacing(np.abs(after[name].numpy())) / 2 * (1 + 1e-6)).all()
     # The rest is the source's, bit for bit, but for the routers.
     merged = {name for tensors in result.merged.values() for name in tensors.values()}
     for name in after.keys() - merged:
