@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -317,6 +318,12 @@ def test_a_full_disk_leaves_the_last_state_and_nothing_besides(tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["state"] and state.read_bytes() == before
 
 
+def _surroundings() -> dict[str, str]:
+    """The environment of a process that imports what tests share."""
+    tests = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 _KILLED = """
 import sys
 from pathlib import Path
@@ -332,7 +339,7 @@ trained(40, checkpoint=Path(sys.argv[1]))
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tmp_path / "state"
     for kill in range(3):
-        process = subprocess.Popen([sys.executable, "-c", _KILLED, str(state)])
+        process = subprocess.Popen([sys.executable, "-c", _KILLED, str(state)], env=_surroundings())
         before = state.read_bytes() if kill else b""
         while process.poll() is None and (not state.exists() or state.read_bytes() == before):
             time.sleep(0.001)
@@ -344,7 +351,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path, monkeypa
 
 
 _LAUNCHED = """
+import os
 import sys
+import torch
 from pathlib import Path
 from methods.diffeat_extract.trainings import trained
 from pomona.methods.diffeat_extract import course, training
@@ -358,6 +367,8 @@ if runtime.is_main:
 else:
     training.share(runtime)
     runtime.serve()
+torch.distributed.destroy_process_group()
+os._exit(0)  # as the command line does: threads of torch can abort an interpreter that ends beside them
 """
 
 
@@ -373,7 +384,7 @@ def test_two_processes_take_the_same_steps_as_one(
     with pytest.raises(Stop):
         trained(STEPS, checkpoint=tmp_path / "state", progress=Stopping(3))
     start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "launched.py", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", *start], cwd=tmp_path, check=True, timeout=200)
+    subprocess.run([sys.executable, "-m", *start], cwd=tmp_path, check=True, timeout=200, env=_surroundings())
     found = load_file(tmp_path / training.WEIGHTS)
     for name, value in weights(whole).items():
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
