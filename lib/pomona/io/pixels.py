@@ -129,13 +129,7 @@ def _pillow() -> ModuleType:
 @contextmanager
 def _opened(content: Path | bytes) -> Iterator[Image]:
     """The image with its header read; whatever Pillow raises meanwhile becomes `Unreadable`."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise UnavailableError(
-            "reading images needs the package Pillow", hint="pip install 'pomona[vision]'"
-        ) from error
-
+    Image = _pillow()
     # Warnings are of the process, so they cannot be caught here in one thread alone. None of Pillow's matters: what it
     # warns of in an image's size is refused below, and what in its metadata is not used.
     if not any(action == "ignore" and module == _SILENT for action, _, _, module, _ in warnings.filters):

@@ -80,21 +80,13 @@ def probe(session: Session, kept: Mapping[str, Shards], work: RunDirectory) -> d
     rows = [row for part in kept["features"].rows() for row in part]
     study = study_of(session, rows, work)
     contenders = [
-        on_vectors(
-            session.config,
-            kind,
-            column.name,
-            kept[kind].column(column.name),
-            views=session.reading.views,
-            channels=column.about["channels"],
-            device=session.runtime.device,
-        )
+        _contender(session, kind, column, kept[kind].column(column.name))
         for kind in MODELS
         if kind in kept
         for column in kept[kind].columns
     ]
     if "pixels" in kept:
-        contenders.append(_pixels(session, kept["pixels"].column("pixels")))
+        contenders.append(_contender(session, "pixels", pixel_column(session), kept["pixels"].column("pixels")))
     columns = [column.name for column in kept["features"].columns]
     chosen, cells = columns[0], None
     fits = sum(map(study.fits, study.counts())) * len(contenders)
@@ -147,14 +139,15 @@ def classifier(session: Session) -> str:
     return "a linear layer trained by plain SGD" if plain else "standardised multinomial logistic regression"
 
 
-def _pixels(session: Session, vectors: NDArray[np.float32]) -> Contender:
+def _contender(session: Session, kind: Kind, column: Column, vectors: NDArray[np.float32]) -> Contender:
+    """The classifier of ``--probe`` on the vectors of one column, trained or not, or on pixels, which have one view."""
     return on_vectors(
         session.config,
-        "pixels",
-        "pixels",
+        kind,
+        column.name,
         vectors,
-        views=1,
-        channels=session.unet.channels,
+        views=1 if kind == "pixels" else session.reading.views,
+        channels=column.about["channels"],
         device=session.runtime.device,
     )
 
@@ -162,7 +155,8 @@ def _pixels(session: Session, vectors: NDArray[np.float32]) -> Contender:
 def pixel_column(session: Session) -> Column:
     """What the control of raw pixels is called and how wide it is."""
     cells = min(session.reading.size, PIXELS) ** 2
-    return Column("pixels", session.unet.channels * cells, {"block": "pixels"})
+    channels = session.unet.channels
+    return Column("pixels", channels * cells, {"block": "pixels", "channels": channels})
 
 
 # --- the sweep -------------------------------------------------------------------------------------------------------
@@ -217,15 +211,7 @@ def _cells(
     work.progress.start(f"probing t = {asked.timesteps[0]}", study.fits(count) * len(columns))
     probed = {}
     for column in columns:
-        contender = on_vectors(
-            session.config,
-            kind,
-            column.name,
-            features.vectors[column.name],
-            views=asked.views,
-            channels=column.about["channels"],
-            device=session.runtime.device,
-        )
+        contender = _contender(session, kind, column, features.vectors[column.name])
         accuracy = outcomes.accuracy(study.correct(contender, count, inner), seed=session.settings.seed)
         probed[column.name] = {**column.about, "dims": column.dims, **asdict(accuracy)}
     work.journal.append(key, probed)
@@ -251,21 +237,10 @@ def _chosen(
         )
         for kind in kinds
     }
-    contenders = [
-        on_vectors(
-            session.config,
-            kind,
-            chosen,
-            features.vectors[chosen],
-            views=session.reading.views,
-            channels=column.about["channels"],
-            device=session.runtime.device,
-        )
-        for kind, features in found.items()
-    ]
+    contenders = [_contender(session, kind, column, features.vectors[chosen]) for kind, features in found.items()]
     if "pixels" in session.controls:
         pixels = read(session, "pixels", readers["pixels"], images, work, "reading pixels")
-        contenders.append(_pixels(session, pixels.vectors["pixels"]))
+        contenders.append(_contender(session, "pixels", pixel_column(session), pixels.vectors["pixels"]))
     return {**column.about, "dims": column.dims}, found["features"], contenders
 
 
