@@ -195,10 +195,11 @@ def test_a_folder_of_shards_is_discarded_but_never_one_with_other_files(opened: 
     shards = opened()
     shards.write(0, *piece(0))
     (tmp_path / "out.shards/.00000001.safetensors.partial").write_bytes(b"x")
+    (tmp_path / "out.shards/madaug--1.state.safetensors").write_bytes(b"of the seed -1")
     (tmp_path / "out.shards/thesis.tex").write_text("x")
     with pytest.raises(OutputError, match=r"thesis\.tex"):
         discard(tmp_path / "out.shards")
-    assert len(list((tmp_path / "out.shards").iterdir())) == 3
+    assert len(list((tmp_path / "out.shards").iterdir())) == 4
     (tmp_path / "out.shards/thesis.tex").unlink()
     discard(tmp_path / "out.shards")
     assert not (tmp_path / "out.shards").exists()

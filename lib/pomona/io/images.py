@@ -137,7 +137,7 @@ class Images:
                     raise DataError(
                         f'{item.source}:{item.line}: the name "{item.id:.80}" is also that of '
                         f"{first.source}:{first.line}",
-                        hint="noise is keyed by it: name another --id-field, or the folder above these",
+                        hint="images are told apart by it: name another --id-field, or the folder above these",
                     )
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "float16"]
 Row = dict[str, Any]
 
-_SHARD = re.compile(r"\.?([a-z]+|([a-z]+-)?[0-9]{8})\.safetensors(\.partial)?")
+_SHARD = re.compile(
+    r"\.?(([a-z]+|([a-z]+-)?[0-9]{8}|[a-z+]+--?[0-9]+(\.state)?)\.safetensors|images\.npy|data\.json)(\.partial)?"
+)
 
 TENSOR_DTYPES: dict[str, str] = {"float32": "F32", "float16": "F16"}
 """Number formats of vectors by their names in NumPy, and the names that safetensors has for them."""

@@ -6,11 +6,10 @@ to end, so that threads and processes change nothing; a shard is written while t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from pomona.errors import CheckFailed, DataError, OutputError, UsageError
-from pomona.io.atomic import atomic_file, writing
+from pomona.errors import CheckFailed
 from pomona.io.images import Picture
 from pomona.io.pixels import Unreadable, cropped, pixels
 from pomona.io.records import Reject
+from pomona.io.rejects import reject, unreadable
 from pomona.io.shards import Shards
-from pomona.io.writers import dumps
 from pomona.methods.diffeat_extract.noising import Schedule, noise, noised
 from pomona.methods.diffeat_extract.reading import PIXELS, Reading, column_name
 from pomona.models.unets.loading import UNet
@@ -33,7 +31,6 @@ from pomona.models.unets.truncated import Truncated
 from pomona.runtime.device import Runtime
 from pomona.runtime.progress import Progress
 from pomona.runtime.seeds import derive
-from pomona.runtime.settings import Settings
 
 _DECODERS = 8  # threads that decode for an accelerator
 
@@ -289,51 +286,6 @@ def _rows(picture: Picture, views: int) -> list[dict[str, Any]]:
         row["split"] = picture.split
     row.update(picture.fields)
     return [row] if views == 1 else [{**row, "view": view} for view in range(views)]
-
-
-def reject(item: Picture | Reject, reason: str) -> dict[str, Any]:
-    """What is kept of an image that cannot be read."""
-    named = {"id": item.id} if isinstance(item, Picture) else {}
-    return {"reason": reason, "source": item.source, "line": item.line, **named}
-
-
-def unreadable(entry: Mapping[str, Any]) -> DataError:
-    """What the run fails with where none are set aside."""
-    place = entry.get("id") or f"{entry['source']}:{entry['line']}"
-    return DataError(f"{place}: {entry['reason']}", hint="--rejects FILE sets unreadable images aside and goes on")
-
-
-def write_rejects(path: Path | None, rejects: Iterable[Mapping[str, Any]]) -> None:
-    """Write those that could not be read, with reasons, as JSONL."""
-    if path is not None:
-        with atomic_file(path) as file, writing(path):
-            for entry in rejects:
-                file.write(dumps(entry) + b"\n")
-
-
-def refuse_place(path: Path | None, settings: Settings) -> None:
-    """Raise, before any work, what speaks against setting unreadable images aside at `path`.
-
-    Raises:
-        OutputError: it exists, and is not to be replaced; or it cannot.
-        UsageError: it is the output.
-    """
-    if path is None or settings.dry_run:
-        return
-    if settings.output is not None and path.absolute() == settings.output.absolute():
-        raise UsageError(f"--rejects {path}: this is the output", hint="give a file of its own")
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: the folder does not exist")
-    if path.exists() and not (settings.overwrite or settings.resume):
-        raise OutputError(f"{path} exists", hint="--overwrite replaces it, --resume continues an interrupted run")
-
-
-def none_readable(path: Path | None, rejects: Sequence[Mapping[str, Any]]) -> DataError:
-    """What the run fails with where all are set aside, which is done here."""
-    write_rejects(path, rejects)
-    return DataError(f"no image could be read; of the first: {rejects[0]['reason']}")
 
 
 def keep(found: Iterable[Group], shards: Shards, progress: Progress) -> None:

@@ -17,10 +17,10 @@ from pomona.io.images import Images, Picture
 from pomona.io.manifest import file_digest
 from pomona.io.pixels import Unreadable, pixels, size_of
 from pomona.io.records import Reject
+from pomona.io.rejects import reject, unreadable, write_rejects
 from pomona.io.single import RunFile
 from pomona.methods.diffeat_extract import report, training
 from pomona.methods.diffeat_extract.config import Config
-from pomona.methods.diffeat_extract.extraction import reject, unreadable, write_rejects
 from pomona.models.unets import adm
 from pomona.report.sections import terminal
 from pomona.runtime.device import Runtime

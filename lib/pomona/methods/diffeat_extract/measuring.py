@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from pomona.io.directory import RunDirectory
 from pomona.io.images import Images
 from pomona.io.picture import Picture
+from pomona.io.rejects import none_readable
 from pomona.io.shards import Column, Shards
-from pomona.methods.diffeat_extract.extraction import none_readable
-from pomona.methods.diffeat_extract.probing import outcomes
 from pomona.methods.diffeat_extract.probing.contenders import Contender, Kind, on_vectors
 from pomona.methods.diffeat_extract.probing.splits import Task, task, validation
 from pomona.methods.diffeat_extract.probing.study import Study
 from pomona.methods.diffeat_extract.reading import PIXELS, Reading
 from pomona.methods.diffeat_extract.session import Reader, Session
+from pomona.report import outcomes
 
 MODELS: tuple[Kind, ...] = ("features", "random")
 

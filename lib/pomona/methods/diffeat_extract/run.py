@@ -16,20 +16,13 @@ from pomona.io.atomic import atomic_file
 from pomona.io.directory import RunDirectory
 from pomona.io.images import Images, Picture, Reject
 from pomona.io.manifest import changed
+from pomona.io.rejects import none_readable, refuse_place, reject, unreadable, write_rejects
 from pomona.io.shards import Shards
 from pomona.io.single import RunFile
 from pomona.io.vectors import write_table
 from pomona.methods.diffeat_extract import making, measuring, report
 from pomona.methods.diffeat_extract.config import Config
-from pomona.methods.diffeat_extract.extraction import (
-    FeatureReader,
-    keep,
-    none_readable,
-    refuse_place,
-    reject,
-    unreadable,
-    write_rejects,
-)
+from pomona.methods.diffeat_extract.extraction import FeatureReader, keep
 from pomona.methods.diffeat_extract.facts import facts, summary
 from pomona.methods.diffeat_extract.probing.study import of
 from pomona.methods.diffeat_extract.reading import described

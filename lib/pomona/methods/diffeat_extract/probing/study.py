@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from pomona.io.journal import Journal, NoJournal
 from pomona.methods.diffeat_extract.config import ProbeOptions, shots
-from pomona.methods.diffeat_extract.probing import outcomes
 from pomona.methods.diffeat_extract.probing.contenders import Contender
 from pomona.methods.diffeat_extract.probing.splits import Task, draws, validation
+from pomona.report import outcomes
 from pomona.runtime.progress import Progress
 from pomona.runtime.seeds import derive
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pomona.methods.diffeat_extract.probing.outcomes import accuracy, difference
+from pomona.report.outcomes import accuracy, difference
 
 
 def _answers(draws: int, tests: int, seed: int, *, easy: float = 0.8, by_draw: float = 0.0) -> Any:
@@ -137,3 +137,54 @@ def test_no_answers_are_refused(shape: tuple[int, ...]) -> None:
         accuracy(np.zeros(shape), seed=0)
     with pytest.raises(ValueError, match="answers of shape"):
         difference(np.zeros((2, 5)), np.zeros((3, 5)), seed=0)
+
+
+# --- draws that are tested on images of their own --------------------------------------------------------------------
+
+
+def _apart(draws: int, images: int, tested: int, seed: int) -> Any:
+    """NaN but for `tested` images of each draw."""
+    random = np.random.default_rng(seed)
+    answers = np.full((draws, images), np.nan)
+    luck, hard = 0.3 * random.normal(size=(draws, 1)), random.normal(size=(1, images))
+    right = random.normal(size=(draws, images)) + luck + hard + 1.0 > 0
+    for row in range(draws):
+        places = random.permutation(images)[:tested]
+        answers[row, places] = right[row, places]
+    return answers
+
+
+def test_answers_that_are_not_there_count_in_nothing() -> None:
+    answers = _apart(4, 90, 60, 0)
+    found = accuracy(answers, seed=0)
+    by_draw = [row[~np.isnan(row)].mean() for row in answers]
+    assert found.mean == pytest.approx(np.mean(by_draw)) and found.deviation == pytest.approx(np.std(by_draw, ddof=1))
+    assert (found.draws, found.tests) == (4, 60)
+    padded = np.concatenate([answers, np.full((4, 30), np.nan)], axis=1)
+    alike = accuracy(padded, seed=0)
+    assert alike.mean == found.mean and (alike.low, alike.high) == pytest.approx((found.low, found.high), abs=0.01)
+
+
+def test_missing_answers_are_resampled_as_the_others_are() -> None:
+    answers = _apart(5, 60, 40, 1)
+    random = np.random.default_rng(2)
+    means = [np.nanmean(answers[random.integers(5, size=4)][:, random.integers(60, size=60)]) for _ in range(12_000)]
+    expected = np.quantile(means, (0.025, 0.975))
+    found = accuracy(answers, seed=0)
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.06 * (expected[1] - expected[0]))
+
+
+def test_intervals_cover_the_truth_where_draws_are_tested_apart() -> None:
+    hits = 0
+    for seed in range(150):
+        found = accuracy(_apart(5, 90, 60, 100 + seed), seed=seed)
+        hits += found.low <= 0.7554 <= found.high  # P(N(1, 1 + 0.09 + 1) > 0)
+    assert hits / 150 >= 0.92
+
+
+def test_a_draw_without_an_answer_and_pairs_that_do_not_match_are_refused() -> None:
+    answers = _apart(3, 20, 10, 3)
+    with pytest.raises(ValueError, match="some of each draw"):
+        accuracy(np.concatenate([answers, np.full((1, 20), np.nan)]), seed=0)
+    with pytest.raises(ValueError, match="not of the same images"):
+        difference(answers, np.roll(answers, 1, axis=1), seed=0)
