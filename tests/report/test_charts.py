@@ -23,9 +23,11 @@ from PIL import Image
 
 from pomona.errors import OutputError
 from pomona.report import barcharts
+from pomona.report.areas import areas
 from pomona.report.barcharts import bars
 from pomona.report.canvas import drawable
 from pomona.report.charts import Panel, Series, curves
+from pomona.report.dots import Dots, dots
 from pomona.report.frame import COLOURS, look
 from pomona.report.heatmaps import HeatMap, heat_maps
 from pomona.report.ticks import brief, ends, number, numbers, ticks
@@ -74,7 +76,13 @@ def _draw_all(folder: Path, text: str = "plain") -> list[str]:
         scale_label=text,
     )
     bars(folder / "bars", text, [text, "elu1"], [(text, [1, None]), ("other", [2, 0])], y_label=text, log_y=True)
-    return ["curves", "maps", "bars"]
+    shares = [(text, [0.5, 0.2]), ("other", [0.5, 0.8])]
+    areas(folder / "areas", text, [0, 1], shares, x_label=text, y_label=text, lines=[series], lines_label=text)
+    dots(
+        folder / "dots", text, [text, "b"], [Dots(text, [1, None], [0, 1], [2, 3])], x_label=text,
+        beside=(text, [text, "1"]), note=text,
+    )  # fmt: skip
+    return ["curves", "maps", "bars", "areas", "dots"]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -244,6 +252,16 @@ def test_maps_share_one_scale_and_rows_start_at_the_top(tmp_path: Path) -> None:
         assert len(middle) > 3_000
         rows[share] = middle[:, 0].mean()
     assert rows[1.0] < rows[0.5]
+
+
+def test_a_scale_may_reach_beyond_the_values(tmp_path: Path) -> None:
+    from matplotlib import colormaps
+
+    kept = {"x_label": "epoch", "y_label": "", "scale_label": "strength"}
+    heat_maps(tmp_path / "m", "t", [HeatMap("a", [[0.25] * 20] * 20)], **kept, span=(0, 1))
+    colour = "#" + "".join(f"{round(255 * channel):02x}" for channel in colormaps["viridis"](0.25)[:3])
+    assert _share(tmp_path / "m.png", colour) > 20_000
+    assert "<!-- 1.0 -->" in (tmp_path / "m.svg").read_text()
 
 
 def test_absent_values_are_hatched_and_said_to_be_so(tmp_path: Path) -> None:

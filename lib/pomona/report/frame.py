@@ -61,8 +61,13 @@ def figure_of(
     size: tuple[float, float],
     entries: Sequence[tuple[Any, str]],
     note: str | None = None,
+    description: str | None = None,
 ) -> Iterator[Any]:
-    """A figure whose plots have `size` inches, saved when the block ends; title above, legend at the right."""
+    """A figure whose plots have `size` inches, saved when the block ends; title above, legend at the right.
+
+    Args:
+        description: what the SVG says to those who cannot see it; by default the labels of the legend.
+    """
     from matplotlib import rc_context
 
     with rc_context(STYLE):
@@ -87,8 +92,8 @@ def figure_of(
                 borderaxespad=0.6,
             )
         if note:
-            figure.supxlabel(note, x=0.12 / wide, ha="left", fontsize=SMALL, color=QUIET)
-        save(figure, stem, drawable(title, 200), "; ".join(label for _, label in named))
+            figure.supxlabel(drawable(note, 200), x=0.12 / wide, ha="left", fontsize=SMALL, color=QUIET)
+        save(figure, stem, drawable(title, 200), description or "; ".join(label for _, label in named))
 
 
 def put_title(figure: Any, axes: Any, title: str, inches: float, rows: int) -> None:

@@ -46,6 +46,7 @@ def heat_maps(
     scale_label: str,
     columns: int = 3,
     signed: bool = False,
+    span: tuple[float, float] | None = None,
 ) -> None:
     """Write `stem`.png and `stem`.svg: `maps` in a grid of `columns`, all on one scale of colours.
 
@@ -54,6 +55,7 @@ def heat_maps(
 
     Args:
         signed: the values are differences, and 0 is the middle of the scale.
+        span: ends of the scale; by default what the values need.
 
     Raises:
         OutputError: a file cannot be written.
@@ -70,6 +72,7 @@ def heat_maps(
     if signed:
         high = max(high, -low)
         low = -high
+    low, high = span or (low, high)
     darkest, lightest = (low, high) if high > low else ends([low], log=False)
     scale = Normalize(darkest, lightest)
     colours = colormaps["RdBu_r" if signed else "viridis"]
