@@ -143,10 +143,20 @@ def _long_extraction(folder: Path, model: Path) -> list[str]:
     return ["builtin:digits", "--noise-average", "8", "--shard-size", "20", "--batch-size", "8", "--dtype", "float32"]
 
 
+def _classes(folder: Path) -> list[str]:
+    options = ["--preset", "digits", "--epochs", "2", "--batch-size", "16", "--compare", "none"]
+    return [_digits(folder)[0], *options]
+
+
+def _long_course(folder: Path, model: Path) -> list[str]:
+    return ["builtin:digits", "--epochs", "60", "--compare", "random", "--dtype", "float32"]
+
+
 DIRECTORIES = {
     "nlpbench-eval": DirectorySpecimen(_exam, _long_exam, heavy=False),
     "attn-compare": DirectorySpecimen(_separation, _long_separation, inputs=0),
     "mera-merge": DirectorySpecimen(_adapters, _long_merge, inputs=2),
     "meo-convert": DirectorySpecimen(_dense, _long_conversion, keeps=False),
     "diffeat-extract": DirectorySpecimen(_digits, _long_extraction, leaves=frozenset({"out.shards"})),
+    "madaug-train": DirectorySpecimen(_classes, _long_course, leaves=frozenset({"out.shards"})),
 }

@@ -64,7 +64,7 @@ def parameters(owner: type[Any], panel: str) -> list[inspect.Parameter]:
         kind, text = described[field.name]
         flag = f"--{field.name.replace('_', '-')}"
         names = [flag, _SHORT[field.name]] if field.name in _SHORT else [flag]
-        if kind is bool and field.default is True:
+        if (kind is bool and field.default is True) or kind == bool | None:
             names = [f"{flag}/--no-{field.name.replace('_', '-')}"]
         if field.default not in (None, False, ()):
             text += f" (default: {field.default})"  # in brackets a terminal would take it for markup
