@@ -52,6 +52,10 @@ bench: .venv/dev
 	$(BIN)/python tests/bench/attn_compare.py
 	$(BIN)/python tests/bench/diffeat_extract.py
 	$(BIN)/python tests/bench/diffeat_probe.py
+	$(BIN)/python tests/bench/madaug_augment.py
+	$(BIN)/python tests/bench/madaug_augment.py --channels 1 --size 28,64,128,224 --batch 16,128
+	$(BIN)/python tests/bench/madaug_policy_step.py
+	$(BIN)/python tests/bench/madaug_digits.py
 	$(BIN)/python tests/bench/meo_convert.py
 	$(BIN)/python tests/bench/mera_merge.py
 
