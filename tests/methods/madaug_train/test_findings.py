@@ -170,8 +170,8 @@ def test_a5_with_three_seeds(runs: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_a6_with_three_seeds(runs: Callable[..., Path]) -> None:
-    output = runs("inverted")
+def test_a6_with_six_seeds(runs: Callable[..., Path]) -> None:
+    output = runs("inverted", "-six", seeds=6)  # of twelve, Invert came first in eight: three may miss it by chance
     found, chosen = accuracies(output), mean_probabilities(output)
     print(found, chosen["Invert"])
     assert top(chosen) == "Invert" and chosen["Invert"] >= 0.2
