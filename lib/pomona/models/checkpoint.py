@@ -248,6 +248,12 @@ def write_tensors(
             progress.advance()
 
 
+def write_mapping(file: BinaryIO, tensors: Mapping[str, Tensor], *, about: Mapping[str, str] | None = None) -> None:
+    """As `write_tensors`, of tensors that are all there, wherever they are."""
+    specs = [TensorSpec(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in tensors.items()]
+    write_tensors(file, specs, lambda name: tensors[name].cpu().contiguous(), about=about)
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json, as transformers does: sorted keys, two blanks of indentation."""
     with writing(folder / _CONFIG):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from pomona.errors import UsageError
+from pomona.runtime.ranges import positive
 
 if TYPE_CHECKING:
     from pomona.models.budget import Budget
@@ -31,10 +32,7 @@ class EndpointOptions:
     price_out: Annotated[float | None, "price of a million reply tokens"] = None
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "rpm", "tpm", "timeout", "max_cost", "max_tokens_total"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
+        positive(self, "concurrency", "rpm", "tpm", "timeout", "max_cost", "max_tokens_total")
         for name in ("retries", "max_wait", "price_in", "price_out"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

@@ -23,6 +23,7 @@ from pomona.methods.diffeat_extract.config import Config
 from pomona.methods.diffeat_extract.training import Trained, plan
 from pomona.runtime.progress import Quiet
 from pomona.runtime.seeds import derive
+from stopping import Stop, Stopping
 
 STEPS = 7
 PLAIN: dict[str, Any] = {
@@ -49,28 +50,6 @@ def whole() -> Trained:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(course, "_SHARD", 2)
         return trained(STEPS)
-
-
-class Stop(Exception):
-    """A run that is broken off."""
-
-
-class Stopping(Quiet):
-    """Breaks the run off after some steps, and knows what it was told."""
-
-    def __init__(self, after: int | None = None) -> None:
-        self.after, self.advanced, self.told = after, [], []  # type: tuple[int | None, list[int], list[str]]
-
-    def advance(self, steps: int = 1) -> None:
-        self.advanced.append(steps)
-        if self.after is not None and sum(self.advanced) == self.after:
-            raise Stop
-
-    def warn(self, message: str) -> None:
-        self.told.append(message)
-
-    def note(self, message: str) -> None:
-        self.told.append(message)
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -270,7 +249,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(
 def test_the_state_of_another_training_is_refused(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
-    state = tmp_path_factory.getbasetemp() / "of_another"
+    state = tmp_path_factory.getbasetemp() / "diffeat_of_another"
     if not state.exists():
         monkeypatch.setattr(course, "_EVERY", 0.0)
         with pytest.raises(Stop):

@@ -10,6 +10,7 @@ from torch import Tensor
 from pomona.methods.madaug_train import record
 from pomona.methods.madaug_train.choosing import Choice
 from pomona.methods.madaug_train.operations.table import chosen
+from pomona.methods.madaug_train.table import HISTORY
 
 OPERATIONS = chosen("Invert,Solarize,Contrast")
 
@@ -50,7 +51,7 @@ def test_figures_are_of_each_class_and_those_of_all_where_it_has_no_image() -> N
         np.testing.assert_allclose(figures[place], np.concatenate(expected).T, atol=1e-6)
     assert entropy == pytest.approx(-(p * np.log(p)).sum(1).mean() / np.log(3))
     assert strength == pytest.approx((p * strong).sum(1).mean())
-    assert len(record.FIGURES) == figures.shape[-1] == 6
+    assert len(HISTORY) == figures.shape[-1] == 6
 
 
 def test_a_certain_choice_has_entropy_0() -> None:

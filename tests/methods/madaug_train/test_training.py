@@ -29,8 +29,6 @@ from methods.madaug_train.trainings import (
     EPOCHS,
     LAUNCHED,
     STEPS,
-    Stop,
-    Stopping,
     prepared,
     runtime,
     same,
@@ -51,6 +49,7 @@ from pomona.methods.madaug_train.saved import Shape, write_model, write_policy
 from pomona.methods.madaug_train.splits import parts
 from pomona.methods.madaug_train.training import Trained
 from pomona.runtime.seeds import derive
+from stopping import Stop, Stopping
 
 CONTENDERS = ("madaug", "random", "uniform", "none", "train+val")
 
@@ -412,7 +411,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(data: Path, tmp_path
 def test_the_state_of_another_training_is_refused(
     data: Path, tmp_path_factory: pytest.TempPathFactory, changed: dict[str, Any]
 ) -> None:
-    state = tmp_path_factory.getbasetemp() / "of_another"
+    state = tmp_path_factory.getbasetemp() / "madaug_of_another"
     if not state.exists():
         with pytest.raises(Stop):
             train_on(data, checkpoint=state, progress=Stopping(2))

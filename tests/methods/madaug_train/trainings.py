@@ -28,25 +28,6 @@ LAUNCHED: dict[str, Any] = {"train_batch": 10, "crop": 1, "flip": True, "cutout"
 """What differs where several processes train."""
 
 
-class Stop(Exception):
-    """A run that is broken off."""
-
-
-class Stopping(Quiet):
-    """Breaks the run off after some steps, and knows what it was told."""
-
-    def __init__(self, after: int | None = None) -> None:
-        self.after, self.advanced, self.told = after, [], []  # type: tuple[int | None, list[int], list[str]]
-
-    def advance(self, steps: int = 1) -> None:
-        self.advanced.append(steps)
-        if self.after is not None and sum(self.advanced) == self.after:
-            raise Stop
-
-    def note(self, message: str) -> None:
-        self.told.append(message)
-
-
 def prepared(folder: Path, images: int = 22, tests: int = 1755) -> Path:
     """`folder`, with the digits in it, of which so many are learned from; the policy is learned on 20."""
     folder.mkdir(parents=True, exist_ok=True)

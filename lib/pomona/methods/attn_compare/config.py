@@ -10,6 +10,7 @@ from pomona.methods.attn_compare.fidelity.options import FidelityOptions
 from pomona.methods.attn_compare.recall.options import RecallOptions
 from pomona.methods.attn_compare.separation.options import SeparationOptions
 from pomona.methods.attn_compare.speed.options import SpeedOptions
+from pomona.runtime.ranges import at_least
 
 STUDIES = ("separation", "fidelity", "recall", "speed")
 
@@ -38,5 +39,4 @@ class Config(SpeedOptions, RecallOptions, FidelityOptions, SeparationOptions):
             raise UsageError("--merge and --study exclude each other: runs are merged as they are")
         if self.kernels is not None and not self.kernels.strip(" ,"):
             raise UsageError("--kernels names no kernel", hint="--list-kernels prints them")
-        if self.jobs < 1:
-            raise UsageError(f"--jobs is {self.jobs}; it must be 1 or more")
+        at_least(self, 1, "jobs")

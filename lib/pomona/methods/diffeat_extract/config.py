@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pomona.errors import UsageError
 from pomona.io.image_options import ImageOptions
+from pomona.runtime.ranges import at_least, positive
 
 CONTROLS = ("pixels", "random")
 
@@ -37,14 +37,9 @@ class ModelOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        for name in ("train_model", "residual_blocks", "train_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
-        if self.warmup_steps < 0:
-            raise UsageError(f"--warmup-steps is {self.warmup_steps}; it must be 0 or more")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UsageError(f"--learning-rate must be positive, not {self.learning_rate}")
+        at_least(self, 1, "train_model", "residual_blocks", "train_batch")
+        at_least(self, 0, "warmup_steps")
+        positive(self, "learning_rate")
         if not 0 <= self.average < 1:
             raise UsageError(f"--average is {self.average}; it must be from 0 to below 1")
         whole_numbers(self.widths, "--widths")
@@ -89,14 +84,8 @@ class ProbeOptions:
     fail_under: Annotated[float | None, "fail (exit 9) when the probe's accuracy with most labels is below this"] = None
 
     def __post_init__(self) -> None:
-        for name in ("draws", "epochs", "head_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
-        for name in ("penalty", "head_rate"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")
+        at_least(self, 1, "draws", "epochs", "head_batch")
+        positive(self, "penalty", "head_rate")
         if not 0 < self.test_share < 1:
             raise UsageError(f"--test-share is {self.test_share}; it must be between 0 and 1")
         if self.fail_under is not None and not 0 <= self.fail_under <= 1:
@@ -141,9 +130,7 @@ class Config(ModelOptions, ProbeOptions, ImageOptions):
     def __post_init__(self) -> None:
         for options in (ModelOptions, ProbeOptions, ImageOptions):
             options.__post_init__(self)
-        for name in ("views", "noise_average", "shard_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 1 or more")
+        at_least(self, 1, "views", "noise_average", "shard_size")
         for name, least in (("timestep", 0), ("pool", 1)):
             for value in getattr(self, name):
                 if value < least:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
@@ -29,6 +29,7 @@ from pomona.errors import CheckFailed
 from pomona.methods.diffeat_extract.config import Config
 from pomona.methods.diffeat_extract.noising import noised, schedule
 from pomona.methods.diffeat_extract.training_state import WINDOW, State
+from pomona.models.vectors import parts, weights_of
 from pomona.runtime.device import Runtime
 from pomona.runtime.progress import Progress
 from pomona.runtime.seeds import derive
@@ -53,7 +54,7 @@ class Course:
         self._module = module.to(runtime.device).train()
         self._images, self._config, self._seed, self._runtime = images, config, seed, runtime
         self._parameters = list(module.parameters())
-        self._state = State.start(_as_one(self._parameters))
+        self._state = State.start(weights_of(self._module))
         self._alpha_bars = schedule("linear", None).alpha_bars
         self._kept: int | None = None
 
@@ -101,7 +102,7 @@ class Course:
 
     def averaged(self) -> Module:
         """The model, with the averaged weights in it."""
-        for parameter, part in zip(self._parameters, _parts(self._state.average, self._parameters), strict=True):
+        for parameter, part in zip(self._parameters, parts(self._state.average, self._parameters), strict=True):
             parameter.data = part.cpu().clone()
         return self._module.cpu().eval().requires_grad_(False)
 
@@ -186,17 +187,3 @@ def _order(images: int, seed: int, start: int) -> Iterator[int]:
     for epoch in count(start // images):
         places = np.random.Generator(np.random.Philox(derive(seed, f"order/{epoch}"))).permutation(images)
         yield from places[max(0, start - epoch * images) :].tolist()
-
-
-def _as_one(parameters: Sequence[Parameter]) -> Tensor:
-    """All `parameters` in one vector, (P,), into which they look from now on."""
-    weights = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, part in zip(parameters, _parts(weights, parameters), strict=True):
-        parameter.data = part
-    return weights
-
-
-def _parts(weights: Tensor, parameters: Sequence[Parameter]) -> list[Tensor]:
-    """The vector `weights` cut into tensors of the shapes of `parameters`, which share its memory."""
-    parts = torch.split(weights, [parameter.numel() for parameter in parameters])
-    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]

@@ -23,7 +23,7 @@ from pomona.errors import DataError, UnavailableError, UsageError
 from pomona.io.atomic import writing
 from pomona.methods.diffeat_extract.config import Config, whole_numbers
 from pomona.methods.diffeat_extract.course import Course
-from pomona.models.checkpoint import TensorSpec, dtype_name, write_config, write_tensors
+from pomona.models.checkpoint import write_config, write_mapping
 from pomona.models.unets.layout import LINEAR, WEIGHTS, write_scheduler
 from pomona.runtime.device import Runtime
 from pomona.runtime.progress import Progress, Quiet
@@ -157,11 +157,9 @@ def write(trained: Trained, folder: Path) -> None:
         CheckFailed: a weight is not finite.
         OutputError: the disk is full, or the folder cannot be written.
     """
-    tensors = dict(sorted(trained.module.state_dict().items()))
-    specs = [TensorSpec(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in tensors.items()]
     write_config(folder, {"_class_name": "UNet2DModel", **trained.config})
     with writing(folder / WEIGHTS), (folder / WEIGHTS).open("wb") as file:
-        write_tensors(file, specs, tensors.__getitem__)
+        write_mapping(file, dict(sorted(trained.module.state_dict().items())))
     write_scheduler(folder, SCHEDULER)
 
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pomona.errors import MissingError, UsageError
-from pomona.io.atomic import atomic_file, writing
-from pomona.models.checkpoint import TensorSpec, write_tensors
+from pomona.models.states import of_another, read_state, readable, write_state
 
 WINDOW = 100
 """Steps that a reported loss is the mean of."""
 
 _TENSORS = ("weights", "average", "first", "second")
-_ABOUT = "training"
 
 
 @dataclass
@@ -67,9 +62,7 @@ class State:
             CheckFailed: a number is not finite.
         """
         about = {"fingerprint": fingerprint, "step": self.step, "losses": self.losses, "open": self.open}
-        specs = [TensorSpec(name, "F32", tuple(self.weights.shape)) for name in _TENSORS]
-        with atomic_file(path) as file, writing(path):
-            write_tensors(file, specs, lambda name: self.tensors()[name].cpu(), about={_ABOUT: json.dumps(about)})
+        write_state(path, self.tensors(), about)
 
     def read(self, path: Path, fingerprint: str) -> None:
         """Become the state in `path`.
@@ -78,21 +71,13 @@ class State:
             MissingError: it is damaged.
             UsageError: it is of another training.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})[_ABOUT])
-                found = {name: file.get_tensor(name) for name in _TENSORS}
+        with readable(path):
+            found, about = read_state(path)
+            found = {name: found[name] for name in _TENSORS}
             step, losses, left = int(about["step"]), list(about["losses"]), list(about["open"])
             same = about["fingerprint"] == fingerprint
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise MissingError(
-                f"{path}: no state of a training can be read from it", hint="--overwrite begins again"
-            ) from error
         if not same or any(found[name].shape != self.weights.shape for name in _TENSORS):
-            raise UsageError(
-                f"{path} is of a training with other images or options",
-                hint="--overwrite forgets it and begins again",
-            )
+            raise of_another(path)
         for name, tensor in self.tensors().items():
             tensor.copy_(found[name])
         self.step, self.losses, self.open = step, losses, left

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pomona.errors import UsageError
+from pomona.runtime.ranges import positive
 
 Variant = Literal["cherry", "reflection", "superfilter"]
 Ratio = Literal["loss", "ppl"]
@@ -90,8 +91,7 @@ class Config:
         for name in ("clusters", "per_cluster", "train_batch", "sort_window", "chunk_rows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(self, name)}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UsageError(f"--learning-rate must be positive, not {self.learning_rate}")
+        positive(self, "learning_rate")
         for name in ("min_ifd", "max_ifd"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pomona.errors import UsageError
 from pomona.io.image_options import LARGEST_SIDE, ImageOptions
+from pomona.runtime.ranges import at_least, positive
 
 MOST_EPOCHS, MOST_HIDDEN = 100_000, 100
 
@@ -45,7 +45,7 @@ class SplitOptions:
         for name in ("val_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be between 0 and 1")
-        _at_least(self, 1, "train_images", "val_images")
+        at_least(self, 1, "train_images", "val_images")
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.net is not None:
             network(self.net)
-        _at_least(self, 1, "epochs")
-        _at_least(self, 0, "min_lr", "weight_decay", "warmup_epochs", "crop", "cutout")
+        at_least(self, 1, "epochs")
+        at_least(self, 0, "min_lr", "weight_decay", "warmup_epochs", "crop", "cutout")
         for name, most in (("epochs", MOST_EPOCHS), ("crop", LARGEST_SIDE), ("cutout", LARGEST_SIDE)):
             value = getattr(self, name)
             if value is not None and value > most:
                 raise UsageError(f"--{name} is {value}; it must be at most {most}")
-        _positive(self, "lr", "warmup_factor", "clip")
+        positive(self, "lr", "warmup_factor", "clip")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise UsageError(f"--label-smoothing is {self.label_smoothing}; it must be from 0 to below 1")
 
@@ -143,9 +143,9 @@ class PolicyOptions:
     entropy_warn: Annotated[float, "warn when the entropy of the choice falls below this share of its largest"] = 0.3
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "k", "policy_every", "inner_batch", "val_batch")
-        _at_least(self, 0, "tau", "jitter", "policy_hidden", "policy_decay", "policy_start", "entropy_warn")
-        _positive(self, "temperature", "policy_lr")
+        at_least(self, 1, "k", "policy_every", "inner_batch", "val_batch")
+        at_least(self, 0, "tau", "jitter", "policy_hidden", "policy_decay", "policy_start", "entropy_warn")
+        positive(self, "temperature", "policy_lr")
         if self.policy_hidden > MOST_HIDDEN:
             raise UsageError(f"--policy-hidden is {self.policy_hidden}; it must be at most {MOST_HIDDEN}")
         for name in ("jitter", "entropy_warn", "curriculum_floor"):
@@ -182,7 +182,7 @@ class Config(SplitOptions, TrainingOptions, PolicyOptions, ImageOptions):
     def __post_init__(self) -> None:
         for options in (SplitOptions, TrainingOptions, PolicyOptions, ImageOptions):
             options.__post_init__(self)
-        _at_least(self, 1, "seeds", "jobs")
+        at_least(self, 1, "seeds", "jobs")
         contenders(self.compare)
         if self.fail_under is not None and not 0 <= self.fail_under <= 1:
             raise UsageError(f"--fail-under is {self.fail_under}; it must be from 0 to 1")
@@ -226,17 +226,3 @@ def network(name: str) -> tuple[str, int, int]:
             hint="a depth is 4 more than a multiple of 6: wrn-16-2, wrn-28-10, wrn-40-2",
         )
     return "wrn", int(wide[1]), int(wide[2])
-
-
-def _at_least(options: object, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
-
-
-def _positive(options: object, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, not {value}")

@@ -46,7 +46,8 @@ from pomona.methods.madaug_train.saved import Frozen
 from pomona.methods.madaug_train.schedule import Schedule
 from pomona.methods.madaug_train.splits import Parts
 from pomona.methods.madaug_train.state import State
-from pomona.methods.madaug_train.vectors import statistics_of, weights_of
+from pomona.methods.madaug_train.table import HISTORY
+from pomona.models.vectors import statistics_of, weights_of
 from pomona.runtime.device import Runtime
 from pomona.runtime.progress import Progress
 
@@ -160,7 +161,7 @@ class Course:
         return self._feed.judge(self._network, self.parts.test)[0]
 
     def history(self) -> NDArray[np.float32]:
-        """(epochs, classes, operations, 6), as `record.FIGURES`; empty without a policy."""
+        """(epochs, classes, operations, 6), as `HISTORY`; empty without a policy."""
         found: NDArray[np.float32] = self.state.tensors["history"].cpu().numpy()
         return found
 
@@ -298,8 +299,7 @@ class Course:
             if value is not None and not math.isfinite(value):
                 raise self._broken_off(name.replace("_", " "), state.step - 1, checkpoint)
         state.rows.append(row)
-        if "best" in state.tensors and (state.best is None or row["val_accuracy"] > state.best):
-            state.best = row["val_accuracy"]
+        if "best" in state.tensors and record.best_epoch(state.rows) == epoch:
             state.tensors["best"].copy_(self._weights)
             state.tensors["best.statistics"].copy_(self._statistics)
             if self._learner is not None:
@@ -340,7 +340,7 @@ class Course:
             found |= self._learner.tensors()
         watched = self._choice is not None and self._choice.outlook is not None
         classes, operations = len(self._prepared.names), len(self._choice.operations) if self._choice else 0
-        shape = (self._recipe.epochs, classes, operations, len(record.FIGURES)) if watched else (0, 0, 0, 0)
+        shape = (self._recipe.epochs, classes, operations, len(HISTORY)) if watched else (0, 0, 0, 0)
         found["history"] = torch.zeros(shape)
         if watched:
             strip = record.strip_shape((len(self._watched), *self._prepared.images.shape[1:]))

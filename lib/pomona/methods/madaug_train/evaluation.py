@@ -56,7 +56,8 @@ def evaluate(config: Config, settings: Settings, work: RunDirectory) -> tuple[di
     assert config.evaluate is not None, "the caller has looked"
     classifier = read_model(config.evaluate)
     images = Images(work.inputs, config, limit=settings.limit)
-    tested = _tested(images, classifier)
+    own = any(isinstance(picture, Picture) and picture.split == "test" for picture in images)
+    tested = _tested(images, classifier, own)
     if settings.dry_run:
         told = {"images": tested, "classes": len(classifier.shape.names), "net": classifier.shape.net}
         return told, _DONE
@@ -66,7 +67,7 @@ def evaluate(config: Config, settings: Settings, work: RunDirectory) -> tuple[di
         finished = work.finished_before(sources)
         if finished is None:
             with one_thread():
-                finished = _evaluated(config, settings, work, images, classifier, runtime, tested)
+                finished = _evaluated(config, settings, work, images, classifier, runtime, tested, own)
         else:
             work.progress.warn(f"{work.path} is finished already")
     finally:
@@ -88,14 +89,17 @@ def _dtype(settings: Settings) -> str:
     return "float32" if settings.dtype == "auto" else settings.dtype
 
 
-def _tested(images: Images, classifier: Classifier) -> int:
+def _tested(images: Images, classifier: Classifier, own: bool) -> int:
     """How many images are to be tested on; all are looked at, and no pixels.
+
+    Args:
+        own: whether the images have a test split.
 
     Raises:
         DataError: there are none; one has no label, or one that the network does not know.
     """
     count, known = 0, set(classifier.shape.names)
-    for picture in _chosen(images):
+    for picture in _chosen(images, own):
         if isinstance(picture, Reject):
             continue
         if picture.label is None:
@@ -111,11 +115,10 @@ def _tested(images: Images, classifier: Classifier) -> int:
     return count
 
 
-def _chosen(images: Images) -> Iterator[Picture | Reject]:
-    """Of images with a test split those in it, else all."""
-    split = any(isinstance(picture, Picture) and picture.split == "test" for picture in images)
+def _chosen(images: Images, own: bool) -> Iterator[Picture | Reject]:
+    """Of images with a test split of their `own` those in it, else all."""
     for picture in images:
-        if isinstance(picture, Reject) or not split or picture.split == "test":
+        if isinstance(picture, Reject) or not own or picture.split == "test":
             yield picture
 
 
@@ -163,6 +166,7 @@ def _evaluated(
     classifier: Classifier,
     runtime: Runtime,
     tested: int,
+    own: bool,
 ) -> dict[str, Any]:
     runtime.register(_TASK, _Task(classifier, runtime))
     work.progress.start("testing", tested)
@@ -170,7 +174,7 @@ def _evaluated(
     bad: list[dict[str, Any]] = []
     batch = settings.batch_size or _BATCH
     names = classifier.shape.names
-    source = iter(_chosen(images))
+    source = iter(_chosen(images, own))
     while items := list(islice(source, _GROUP)):
         good = [item for item in items if isinstance(item, Picture)]
         bad += [reject(item, item.reason) for item in items if isinstance(item, Reject)]
@@ -193,7 +197,7 @@ def _evaluated(
     if not rows:
         raise none_readable(config.rejects, bad)
     write_rejects(config.rejects, bad)
-    found = _found(rows, classifier) | {"shared": _shared(config, work, images)}
+    found = _found(rows, classifier) | {"shared": _shared(config, work, images, own)}
     finished: dict[str, Any] = {"summary": _summary(found, len(bad), work), "failed": _failed(config, found)}
     if work.path is not None:
         with work.publish([*images.sources, *classifier.sources], lambda: finished) as folder:
@@ -218,11 +222,14 @@ def _found(rows: Sequence[dict[str, Any]], classifier: Classifier) -> dict[str, 
         low, high = wilson(right, len(of))
         return {"images": len(of), "accuracy": right / len(of) if of else None, "low": low, "high": high}
 
-    by_class = {name: share([row for row in rows if row["label"] == name]) for name in classifier.shape.names}
-    return {"net": classifier.shape.net, "all": share(rows), "classes": by_class}
+    by_class: dict[str, list[dict[str, Any]]] = {name: [] for name in classifier.shape.names}
+    for row in rows:
+        by_class[row["label"]].append(row)
+    classes = {name: share(of) for name, of in by_class.items()}
+    return {"net": classifier.shape.net, "all": share(rows), "classes": classes}
 
 
-def _shared(config: Config, work: RunDirectory, images: Images) -> list[str]:
+def _shared(config: Config, work: RunDirectory, images: Images, own: bool) -> list[str]:
     """Names of the sources that the run of the network read too, and may have learned from.
 
     None where it was to be tested on them, or kept to the test split that they have.
@@ -233,8 +240,7 @@ def _shared(config: Config, work: RunDirectory, images: Images) -> list[str]:
     read = {each.get("sha256") for each in manifest.get("inputs", [])}
     shared = [str(each["name"]) for each in images.sources if each.get("sha256") in read]
     drawn = asked.get("resplit") or "builtin:digits" in shared  # which are parted anew
-    kept = not drawn and any(isinstance(picture, Picture) and picture.split == "test" for picture in images)
-    return [] if kept or asked.get("test") in work.inputs else shared
+    return [] if (own and not drawn) or asked.get("test") in work.inputs else shared
 
 
 def _summary(found: dict[str, Any], rejected: int, work: RunDirectory) -> dict[str, Any]:

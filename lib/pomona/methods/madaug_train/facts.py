@@ -14,7 +14,8 @@ from pomona.io.writers import brief
 from pomona.methods.madaug_train.data import Prepared
 from pomona.methods.madaug_train.operations.table import Operation
 from pomona.methods.madaug_train.recipe import Recipe
-from pomona.methods.madaug_train.splits import parts
+from pomona.methods.madaug_train.record import best_epoch
+from pomona.methods.madaug_train.splits import drawn
 from pomona.methods.madaug_train.table import HISTORY, accuracies, per_class
 from pomona.methods.madaug_train.training import Trained
 
@@ -63,7 +64,7 @@ def facts(
     main = next(iter(trained))[0]
     names = list(dict.fromkeys(name for name, _ in trained))
     seeds = sorted({each for _, each in trained})
-    split = {each: parts(prepared, prepared.options, seed=each) for each in seeds}
+    split = {each: drawn(prepared, prepared.options, seed=each) for each in seeds}
     tests = {each: split[each].test for each in seeds}
     predictions = {name: {each: trained[name, each].predictions for each in seeds} for name in names}
     first = split[seeds[0]]
@@ -94,10 +95,9 @@ def _labels(name: str, counts: Mapping[str, int], settled: Recipe) -> int:
 
 def kept_epoch(one: Trained, settled: Recipe) -> int:
     """The epoch, from 0, whose weights were tested and are kept: the last, or the first of the best in validation."""
-    accuracies = [row["val_accuracy"] for row in one.epochs]
-    if settled.select == "last" or None in accuracies:
-        return len(accuracies) - 1
-    return accuracies.index(max(accuracies))
+    if settled.select == "last" or one.epochs[-1]["val_accuracy"] is None:
+        return len(one.epochs) - 1
+    return best_epoch(one.epochs)
 
 
 def _policy(operations: Sequence[Operation], runs: Sequence[Trained], settled: Recipe, k: int) -> dict[str, Any]:

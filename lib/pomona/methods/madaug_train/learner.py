@@ -16,7 +16,7 @@ from pomona.methods.madaug_train.operations.choice import Backend
 from pomona.methods.madaug_train.operations.table import Operation
 from pomona.methods.madaug_train.policy import Policy
 from pomona.methods.madaug_train.recipe import Recipe
-from pomona.methods.madaug_train.vectors import parts, statistics_of, weights_of
+from pomona.models.vectors import parts, statistics_of, weights_of
 
 Pair = tuple[Tensor, Tensor]
 

@@ -4,7 +4,8 @@ some of them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,10 @@ from torch import Tensor
 from pomona.methods.madaug_train.choosing import Choice
 from pomona.methods.madaug_train.operations.choice import Backend
 from pomona.methods.madaug_train.operations.table import strength
+from pomona.methods.madaug_train.table import HISTORY
 
 MOMENTS = ("first", "middle", "last")
 """Epochs at the end of which strips are made."""
-
-FIGURES = ("probability mean", "probability sd", "magnitude mean", "magnitude sd", "strength mean", "strength sd")
-"""The last axis of a history."""
 
 _IMAGES = 1000
 _SHOWN = 6
@@ -42,6 +41,12 @@ def sample(labels: NDArray[np.int64], random: Generator) -> NDArray[np.int64]:
     return order[np.argsort(turn, kind="stable")][: max(_IMAGES, np.count_nonzero(sizes))]
 
 
+def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The first of the epochs that are best in validation, from 0; of `rows` as metrics.jsonl has them."""
+    accuracies = [row["val_accuracy"] for row in rows]
+    return accuracies.index(max(accuracies))
+
+
 def moments(epochs: int) -> dict[str, int]:
     """The epochs, from 0, of `MOMENTS`."""
     return dict(zip(MOMENTS, (0, epochs // 2, epochs - 1), strict=True))
@@ -53,7 +58,7 @@ def watched(
     """How the policy sees `images`, (N, C, H, W), uint8, so many at a time.
 
     Returns:
-        By class and operation the numbers of `FIGURES`, (classes, K, 6), those of all images where there are none of a
+        By class and operation the numbers of `HISTORY`, (classes, K, 6), those of all images where there are none of a
         class; the mean entropy of the choice as a share of its largest; and the mean over images of the strengths of
         the operations, each weighted by its probability.
     """
@@ -70,7 +75,7 @@ def watched(
         own = everything[labels == each]
         own = own if len(own) else everything
         found[each] = np.stack([own.mean(0), own.std(0)], -1)
-    figures = found.reshape(classes, len(choice.operations), len(FIGURES))
+    figures = found.reshape(classes, len(choice.operations), len(HISTORY))
     return figures, float(entropy), float((probabilities * strengths).sum(-1).mean())
 
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from pomona.errors import MissingError
-from pomona.io.atomic import atomic_file, writing
 from pomona.methods.madaug_train.training import Trained
-from pomona.models.checkpoint import TensorSpec, dtype_name, write_tensors
+from pomona.models.states import part, read_state, readable, write_state
 
-_ABOUT = "training"
 _PLAIN = ("shown", "mean", "std", "parts", "epochs", "updates", "seconds")
 
 
@@ -31,11 +25,7 @@ def write(path: Path, trained: Trained) -> None:
     tensors |= {f"policy.{name}": value for name, value in (trained.policy or {}).items()}
     tensors |= {f"strips.{name}": torch.from_numpy(value) for name, value in trained.strips.items()}
     tensors |= {"predictions": torch.from_numpy(trained.predictions), "history": torch.from_numpy(trained.history)}
-    specs = [TensorSpec(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in tensors.items()]
-    about = {name: getattr(trained, name) for name in _PLAIN}
-    with atomic_file(path) as file, writing(path):
-        told = json.dumps(about, allow_nan=False)
-        write_tensors(file, specs, lambda name: tensors[name].cpu().contiguous(), about={_ABOUT: told})
+    write_state(path, tensors, {name: getattr(trained, name) for name in _PLAIN})
 
 
 def read(path: Path) -> Trained:
@@ -44,24 +34,16 @@ def read(path: Path) -> Trained:
     Raises:
         MissingError: it is damaged.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})[_ABOUT])
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with readable(path, "training"):
+        tensors, about = read_state(path)
         return Trained(
-            network=_part(tensors, "network."),
-            policy=_part(tensors, "policy.") or None,
-            strips={name: value.numpy() for name, value in _part(tensors, "strips.").items()},
+            network=part(tensors, "network."),
+            policy=part(tensors, "policy.") or None,
+            strips={name: value.numpy() for name, value in part(tensors, "strips.").items()},
             predictions=tensors["predictions"].numpy(),
             history=tensors["history"].numpy(),
             **{name: _frozen(about[name]) for name in _PLAIN},
         )
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MissingError(f"{path}: no training can be read from it", hint="--overwrite begins again") from error
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _frozen(value: Any) -> Any:

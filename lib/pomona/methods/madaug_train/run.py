@@ -23,7 +23,7 @@ from pomona.methods.madaug_train.operations.table import chosen
 from pomona.methods.madaug_train.recipe import Recipe, recipe
 from pomona.methods.madaug_train.saved import Frozen, Shape, read_policy, write_model, write_policy
 from pomona.methods.madaug_train.schedule import Schedule
-from pomona.methods.madaug_train.splits import parts
+from pomona.methods.madaug_train.splits import drawn
 from pomona.methods.madaug_train.table import write_history
 from pomona.methods.madaug_train.training import Trained
 from pomona.report.sections import markdown, terminal
@@ -101,7 +101,6 @@ def _check(config: Config, settings: Settings, settled: Recipe) -> Frozen | None
     """Refuse what cannot come to anything, before any image is read; the policy of ``--policy``.
 
     Raises:
-        CheckFailed: no policy step would be made.
         UsageError: there are fewer operations than are applied to an image; float16.
         MissingError: there is no such policy.
     """
@@ -112,12 +111,6 @@ def _check(config: Config, settings: Settings, settled: Recipe) -> Frozen | None
         raise UsageError(f"--k {settled.k}: there are {len(operations)} operations to draw without replacement")
     if config.policy is not None:
         return read_policy(config.policy)
-    if config.augment == "madaug" and settled.policy_start >= settled.epochs:
-        raise CheckFailed(
-            f"0 policy updates would be made: --policy-start {settled.policy_start} is after the last of "
-            f"{settled.epochs} epochs, so nothing would be learned and the policy would stay random",
-            hint="--policy-start 0 learns from the first, --augment random trains without learning",
-        )
     return None
 
 
@@ -163,14 +156,13 @@ def _train(
     """Prepare the images, train everything, and write it."""
     if config.jobs > 1 and runtime.world > 1:
         raise UsageError("--jobs trains in processes of its own: leave it out under a launch")
-    if settled.policy_start:
-        _refuse_unlearned(config, settled, inputs.foretold()["train"])
+    _refuse_unlearned(config, settled, inputs.foretold()["train"])
     work.open_journal({"settings": work.described, "sources": sources})
     with writing(work.kept):
         work.kept.mkdir(exist_ok=True)
     prepared, rejects = inputs.prepare(work.kept, work.progress)
     for seed in range(settings.seed, settings.seed + config.seeds):
-        divided = parts(prepared, prepared.options, seed=seed)  # what is wrong is told before any training
+        divided = drawn(prepared, prepared.options, seed=seed)  # what is wrong is told before any training
         _refuse_unlearned(config, settled, len(divided.train))
     work.journal.append("begun", {})  # what --resume and --overwrite are asked about from now on
     dtype = str(runtime.dtype).removeprefix("torch.")
@@ -229,9 +221,9 @@ def _write(
         file.write(orjson.dumps(found.told, option=orjson.OPT_INDENT_2) + b"\n")
     asked = {name: value for name, value in changed(config).items() if name not in _WITHOUT_EFFECT}
     about = {"images": ", ".join(work.inputs) or "builtin:digits", **asked}
-    drawn = figures.draw(_shown(prepared, trained, found), folder / "figures")
+    shown = figures.draw(_shown(prepared, trained, found), folder / "figures")
     with atomic_file(folder / "report.md") as file:
-        file.write(markdown(report.TITLE, report.PREAMBLE, report.sections(found.told, drawn), about).encode())
+        file.write(markdown(report.TITLE, report.PREAMBLE, report.sections(found.told, shown), about).encode())
 
 
 def _shown(prepared: Prepared, trained: Mapping[tuple[str, int], Trained], found: Facts) -> figures.Found:
@@ -241,7 +233,7 @@ def _shown(prepared: Prepared, trained: Mapping[tuple[str, int], Trained], found
     main = trained[found.main, seeds[0]]
     return figures.Found(
         metrics={name: {seed: trained[name, seed].epochs for seed in seeds} for name in names},
-        history=found.history or {},
+        history=found.history,
         operations=found.operations,
         classes=prepared.names,
         curriculum=report.curriculum(found.told["recipe"]),

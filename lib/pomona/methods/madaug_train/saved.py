@@ -28,7 +28,8 @@ from pomona.methods.madaug_train.networks import Network, build
 from pomona.methods.madaug_train.normalisation import normalised, statistics
 from pomona.methods.madaug_train.operations.table import OPERATIONS, Operation
 from pomona.methods.madaug_train.policy import Policy
-from pomona.models.checkpoint import TensorSpec, dtype_name, json_object, write_config, write_tensors
+from pomona.models.checkpoint import json_object, write_config, write_mapping
+from pomona.models.states import part
 
 MODEL, POLICY, ABOUT = "model.safetensors", "policy.safetensors", "policy.json"
 
@@ -196,8 +197,8 @@ def read_policy(folder: Path) -> Frozen:
     except (KeyError, TypeError, ValueError) as error:
         raise MissingError(f"{folder / ABOUT}: not a policy that this version reads") from error
     tensors = _tensors(folder / POLICY)
-    module = _loaded(replace(shape, names=shape.names[:1]).build, _part(tensors, "network."), folder, _CLASSIFIER)
-    policy = _loaded(lambda: Policy(module.width, len(operations), hidden), _part(tensors, "policy."), folder)
+    module = _loaded(replace(shape, names=shape.names[:1]).build, part(tensors, "network."), folder, _CLASSIFIER)
+    policy = _loaded(lambda: Policy(module.width, len(operations), hidden), part(tensors, "policy."), folder)
     sources = [_source(folder / name) for name in (ABOUT, POLICY)]
     frozen = Frozen(shape, operations, k, jitter, temperature, module, policy, sources)
     seen = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, shape.channels, 8, 8)
@@ -220,10 +221,8 @@ def _fitted(images: Tensor, shape: Shape) -> Tensor:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    ordered = dict(sorted(tensors.items()))
-    specs = [TensorSpec(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in ordered.items()]
     with writing(path), path.open("wb") as file:
-        write_tensors(file, specs, lambda name: ordered[name].cpu())
+        write_mapping(file, dict(sorted(tensors.items())))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -240,10 +239,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _loaded(

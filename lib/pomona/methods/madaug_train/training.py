@@ -60,7 +60,7 @@ class Trained:
         policy: those of the policy that reads its features; None unless one was learned.
         predictions: the class of each test image by the network, (tests,).
         epochs: a row for each, which metrics.jsonl has too.
-        history: (epochs, classes, operations, 6), the last axis as `record.FIGURES`; empty without a policy.
+        history: (epochs, classes, operations, 6), the last axis as `table.HISTORY`; empty without a policy.
         strips: images as they are and under the policy, (images, 1 + draws, C, H, W), for each of `record.MOMENTS`;
             empty without a policy.
         shown: places of the classes of the images in `strips`.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pomona.errors import UsageError
+from pomona.runtime.ranges import at_least, positive
 
 WEIGHTS = ("uniform", "router-frequency", "router-prob")
 
@@ -29,14 +30,11 @@ class TrainingOptions:
     max_length: Annotated[int, "tokens of a text at most"] = 128
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"--steps is {self.steps}; it must be 1 or more")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UsageError(f"--learning-rate must be positive, not {self.learning_rate}")
+        at_least(self, 1, "steps")
+        positive(self, "learning_rate")
         if not (math.isfinite(self.balance) and self.balance >= 0):
             raise UsageError(f"--balance must not be negative, not {self.balance}")
-        if self.max_length < 4:
-            raise UsageError(f"--max-length is {self.max_length}; it must be 4 or more")
+        at_least(self, 4, "max_length")
         if self.train is None and self.test is not None:
             raise UsageError("--test needs --train, the file to train on")
 
@@ -62,12 +60,7 @@ class ExpertOptions:
     ] = "none"
 
     def __post_init__(self) -> None:
-        if self.experts < 1:
-            raise UsageError(f"--experts is {self.experts}; it must be 1 or more")
-        if self.selected is not None and self.selected < 1:
-            raise UsageError(f"--selected is {self.selected}; it must be 1 or more")
-        if self.token_reduction < 1:
-            raise UsageError(f"--token-reduction is {self.token_reduction}; it must be 1 or more")
+        at_least(self, 1, "experts", "selected", "token_reduction")
         noise(self.init)
         if self.gate_scope is not None:
             segment(self.gate_scope)
@@ -112,8 +105,7 @@ class Config(TrainingOptions, ExpertOptions):
         ExpertOptions.__post_init__(self)
         if self.weights is not None and self.weights not in WEIGHTS and not self.weights.endswith(".json"):
             raise UsageError(f"--weights {self.weights}: expected {', '.join(WEIGHTS)} or a .json file")
-        if self.calib_samples < 1:
-            raise UsageError(f"--calib-samples is {self.calib_samples}; it must be 1 or more")
+        at_least(self, 1, "calib_samples")
         if self.reference_expert != "most-used" and not re.fullmatch("[0-9]{1,5}", self.reference_expert):
             raise UsageError(f"--reference-expert {self.reference_expert}: expected most-used or an index from 0")
         if not self.max_drift >= 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pomona.errors import UsageError
+from pomona.runtime.ranges import at_least, positive
 
 BOTTLENECK_METHODS = ("avg", "sum", "wts", "acts", "assign")
 LORA_METHODS = ("delta-svd", "delta-cat", "linear")
@@ -35,13 +36,9 @@ class FewShotOptions:
     max_length: Annotated[int, "tokens of a text at most"] = 128
 
     def __post_init__(self) -> None:
-        for name in ("shots", "epochs", "seeds"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} is {getattr(self, name)}; it must be 1 or more")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UsageError(f"--learning-rate must be positive, not {self.learning_rate}")
-        if self.max_length < 4:
-            raise UsageError(f"--max-length is {self.max_length}; it must be 4 or more")
+        at_least(self, 1, "shots", "epochs", "seeds")
+        positive(self, "learning_rate")
+        at_least(self, 4, "max_length")
         if self.few_shot is None and (self.test is not None or self.baselines):
             flag = "--test" if self.test is not None else "--baselines"
             raise UsageError(f"{flag} needs --few-shot, the file to tune on")
@@ -99,10 +96,7 @@ class Config(FewShotOptions):
         parse_weights(self.weights)
         if regularisation(self.solver) is not None and self.method not in (None, "wts", "acts"):
             raise UsageError(f"--solver {self.solver} is for wts and acts; --method {self.method} transports nothing")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"--rank is {self.rank}; it must be 1 or more")
-        if self.calib_samples < 1:
-            raise UsageError(f"--calib-samples is {self.calib_samples}; it must be 1 or more")
+        at_least(self, 1, "rank", "calib_samples")
         if self.max_drift is not None and not self.max_drift >= 0:
             raise UsageError(f"--max-drift must not be negative, not {self.max_drift}")
         if self.method == "acts" and self.base_model is None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pomona.errors import UsageError
 from pomona.models.options import EndpointOptions
+from pomona.runtime.ranges import at_least
 
 QUIRKS = ("tot-temperature", "thought-limit")
 
@@ -82,10 +83,8 @@ class Config(EndpointOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples", "tot_depth", "tot_branch", "tot_votes", "tot_beam", "max_tokens", "thought_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+        whole = ("samples", "tot_depth", "tot_branch", "tot_votes", "tot_beam", "max_tokens", "thought_tokens")
+        at_least(self, 1, *whole)
         for name in ("temperature", "temperature_inner"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
