@@ -226,3 +226,15 @@ def test_an_accuracy_below_the_bound_fails_afterwards(tmp_path: Path) -> None:
         execute(config=chosen, output=tmp_path / "run")
     assert told(tmp_path / "run")["policy"] is None
     assert "Policy" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_images_that_another_part_holds_too_are_counted_in_the_summary(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(256, size=(40, 8, 8), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    twice = {"x_train": images[:30], "y_train": labels[:30], "x_test": images[28:], "y_test": labels[28:]}
+    np.savez(tmp_path / "images.npz", **twice)
+    chosen = config(preset="digits", epochs=1, overlap="drop", augment="none", compare="nothing")
+    summary, code = execute(str(tmp_path / "images.npz"), config=chosen, output=tmp_path / "run")
+    assert code == 0 and summary["images"] == 42 and summary["rejected"] == 0
+    assert summary["parts"] == {"train": 22, "val": 6, "test": 12, "unused": 0, "dropped": 2}

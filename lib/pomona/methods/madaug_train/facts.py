@@ -159,9 +159,11 @@ def _warnings(told: Mapping[str, Any], settled: Recipe) -> list[str]:
 def summary(found: Facts, work: RunDirectory) -> dict[str, Any]:
     """One line for standard output."""
     told = found.told
-    images, policy, classes = told["images"], told["policy"], told["per_class"]
+    policy, classes = told["policy"], told["per_class"]
+    parts = {name: count for name, count in told["images"].items() if name != "classes"}
     line: dict[str, Any] = {
-        "images": images["train"] + images["val"] + images["test"] + images["unused"],
+        "images": sum(parts.values()),
+        "parts": parts,
         "rejected": len(told["rejects"]),
         "accuracy": {
             name: {part: row[part] for part in ("mean", "sd", "seeds")} for name, row in told["accuracy"].items()
