@@ -139,7 +139,7 @@ def _refuse_unlearned(config: Config, settled: Recipe, images: int) -> None:
         raise CheckFailed(
             f"0 policy updates would be made: none of the {schedule.steps:,} steps is a multiple of --policy-every "
             f"{settled.policy_every} from epoch {settled.policy_start} on",
-            hint="a smaller --policy-every learns a policy, --augment random trains without learning",
+            hint="a smaller --policy-every or --policy-start learns one, --augment random trains without learning",
         )
 
 
